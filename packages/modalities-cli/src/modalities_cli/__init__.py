@@ -1,0 +1,1 @@
+"""The modalities command: train, check, generate and prepare data from one YAML document."""

@@ -1,0 +1,1 @@
+"""Interfaces, configuration graph, events and the training loop of Modalities."""

@@ -1,0 +1,293 @@
+"""The seams of Modalities: the one file to read first.
+
+A run is a graph of objects that know each other only by the Protocols below. Whatever a package registers, ours or
+yours, has to satisfy one of them. Nothing here imports torch: the tensor types are for readers and type checkers.
+
+Shape suffixes: B batch (samples), T tokens, D hidden size, V vocabulary size, N any count of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from modalities_core.events import Event
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+class Samples(NamedTuple):
+    """Samples as they come from a dataset, on the host.
+
+    tokens: (N, T + 1) integers; inputs are the first T, targets the last T.
+    weights: (N, T) float32, how much each target counts in the loss; None where all count 1.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray | None = None
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A fixed, indexable set of equally long samples. No torch needed."""
+
+    sequence_length: int
+    """T, target tokens per sample."""
+    largest_id: int
+    """The largest token id that occurs; a model's vocabulary must be larger."""
+    fingerprint: str
+    """Changes whenever the samples do; a resumed run refuses another one."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of text per token, for bits per byte; None where unknown."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ...
+
+    def gather(self, indices: np.ndarray) -> Samples:
+        """The samples at ``indices``, (N,) int64, each in [0, len)."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    """One more than the largest id it can give."""
+    end_of_document: int
+    """The id written after every document."""
+    fingerprint: str
+    """Equal for tokenizers that give equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, without any special token."""
+        ...
+
+    def encode_flat(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all documents back to back, (sum of lengths,) uint32, and offsets, (documents + 1,) int64."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become replacement characters."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro batch on one rank, as tensors.
+
+    tokens_BT: (B, T) int64 inputs.
+    targets_BT: (B, T) int64, the token that follows each input.
+    weights_BT: (B, T) float32, how much each target counts; None where all count 1.
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    weights_BT: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``, copied without blocking the host where its memory is pinned."""
+        weights = self.weights_BT
+        return Batch(
+            self.tokens_BT.to(device, non_blocking=True),
+            self.targets_BT.to(device, non_blocking=True),
+            None if weights is None else weights.to(device, non_blocking=True),
+        )
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Training data: which samples each step sees is a pure function of the step, so resuming is arithmetic."""
+
+    samples_per_step: int
+    """Samples in one step over all ranks, micro batches and accumulation."""
+    sequence_length: int
+    largest_id: int
+    fingerprint: str
+    """Of the data and of everything that decides the order."""
+
+    def micro_batches(self, step: int) -> Sequence[Batch]:
+        """This rank's micro batches of the zero-based ``step``, on the host."""
+        ...
+
+
+@runtime_checkable
+class HeldOut(Protocol):
+    """Evaluation data: one pass over a fixed set, the same number of batches on every rank."""
+
+    sequence_length: int
+    largest_id: int
+    bytes_per_token: float | None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; where the set does not divide evenly, padding carries weight 0."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelPlan:
+    """What a model tells about its parts so that any parallelism can be applied from outside.
+
+    blocks: globs of module names, one unit of sharding, recomputation and compilation each.
+    """
+
+    blocks: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A ``torch.nn.Module`` that turns tokens into hidden states and owns its output head.
+
+    It can be built on the meta device; ``initial_values`` then gives every parameter, whatever the sharding.
+    """
+
+    vocab_size: int
+    sequence_length: int
+    """The longest sequence it takes."""
+    head: nn.Module
+    """Hidden states (..., D) to logits (..., V)."""
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) int64 to hidden states (B, T, D)."""
+        ...
+
+    def parallel_plan(self) -> ParallelPlan:
+        """What may be sharded, recomputed and compiled as one."""
+        ...
+
+    def initial_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank."""
+        ...
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
+        ...
+
+
+class LossSum(NamedTuple):
+    """A loss that can be added up before it is divided: over micro batches, ranks and steps.
+
+    loss: scalar float32, weighted sum over tokens, in nats.
+    tokens: scalar float32, the sum of the weights.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """Hidden states and the output head to a sum of losses; logits need never exist whole."""
+
+    def __call__(self, hidden_BTD: Tensor, head: nn.Module, batch: Batch) -> LossSum:
+        """The summed loss of a micro batch and the weight it was summed over."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+@runtime_checkable
+class World(Protocol):
+    """The processes of a run, and what one of them may ask of the others. All methods are collective."""
+
+    rank: int
+    size: int
+    data_rank: int
+    """This rank's place among those that see different data."""
+    data_size: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all ranks, in place."""
+        ...
+
+    def squared_norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """This rank's share of the squared 2-norm of the gradients: the sum over all ranks is the whole.
+
+        Not a collective itself, so that the share can travel in the step's one reduction.
+        """
+        ...
+
+    def check(self, model: Model) -> None:
+        """Raise ConfigError if gradients of ``model`` would not be reduced over the ranks."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's ``value``, a JSON value, on every rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks; name those that do not come."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group. Drop sharded objects first."""
+        ...
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs the model on micro batches; the loop never asks whether it is a pipeline."""
+
+    model: Model
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
+        """Add the gradient of the *summed* loss to the parameters; return this rank's sums, detached, on the device."""
+        ...
+
+    def evaluate(self, batch: Batch) -> LossSum:
+        """This rank's sums without gradients, in evaluation mode."""
+        ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A pure function of the step."""
+
+    def __call__(self, step: int) -> float:
+        """The factor on the peak learning rate for the zero-based ``step``."""
+        ...
+
+
+@runtime_checkable
+class CheckpointFormat(Protocol):
+    """How tensors lie in a checkpoint's folder. When and which is the business of the policy, not of the format."""
+
+    def save(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
+        """Write every rank's part into the existing ``folder``; collective."""
+        ...
+
+    def load(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer | None) -> None:
+        """Read into ``model`` and, unless None, ``optimizer``, under any number of ranks; collective.
+
+        Raises:
+            CheckpointError: tensors are missing, extra, or of another shape or dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """A consumer of events on rank 0. Whatever it raises becomes one warning; it never stops a run."""
+
+    def consume(self, event: Event) -> None:
+        """Take one event; must not block for long."""
+        ...
+
+    def close(self) -> None:
+        """Flush and let go."""
+        ...

@@ -1,0 +1,1 @@
+"""Text to packed, checksummed token datasets and exact sample order, without torch."""

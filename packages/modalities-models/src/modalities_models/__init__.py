@@ -1,0 +1,1 @@
+"""Decoder models, initialisation, losses and generation of Modalities."""

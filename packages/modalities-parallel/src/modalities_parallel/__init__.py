@@ -1,0 +1,1 @@
+"""World, mesh, sharding and committed distributed checkpoints of Modalities."""
