@@ -1,0 +1,1 @@
+"""The config language: one YAML document to a graph of built objects."""
