@@ -1,0 +1,3 @@
+"""What modalities-core registers."""
+
+COMPONENTS: dict[str, str] = {}
