@@ -179,6 +179,8 @@ def convert_schema(annotation: Any) -> dict[str, Any]:
 
 def type_name(annotation: Any) -> str:
     """A type as a reader writes it."""
+    if annotation is types.NoneType:
+        return "None"
     return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
 
 

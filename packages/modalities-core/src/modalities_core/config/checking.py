@@ -125,7 +125,7 @@ class _Checker:
         if isinstance(value, dict) and "component" in value:
             self._check_component(target)
             self._check_fits(path, target, annotation)
-        elif takes_objects(annotation) and isinstance(value, (list, dict)) and self._check_items(target, annotation):
+        elif takes_objects(annotation) and self._check_items(target, annotation):
             return
         elif plain_part(annotation) is None or (plain_part(annotation) is type(None) and value is not None):
             self._wrong_plain(path, target, value, annotation)

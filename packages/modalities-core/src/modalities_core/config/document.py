@@ -120,6 +120,8 @@ def parse(text: str, name: str, folder: Path) -> Document:
         message = " ".join(part for part in (error.context, error.problem) if part)
         if "\\t" in message:
             message = "a tab where YAML allows only spaces"
+        elif mark and "${" in text.splitlines()[min(mark.line, text.count("\n"))] and "flow" in message:
+            message += '; inside { } and [ ] a reference needs quotes: "${...}"'
         position = Position(name, mark.line + 1) if mark else None
         raise DocumentError([Problem((), message, position)]) from None
     except yaml.YAMLError as error:

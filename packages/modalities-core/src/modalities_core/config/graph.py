@@ -58,14 +58,15 @@ class Graph:
         check(self.document, self.registry, self.roots)
 
     def build(self, name: str) -> Any:
-        """The object at the top-level ``name``; None if the document has no such optional root.
+        """The object at a dotted path, with all it needs; None for a root the document does not have.
 
         Raises:
             ModalitiesError: a component refused its arguments; it names the config path and the line.
         """
-        if name not in self.document.tree:
+        if name in self.roots and name not in self.document.tree:
             return None
-        return self._value((name,), Argument(name, self.roots.get(name, object), None, "", deferred=False))
+        path = references.resolve(self.document, name)
+        return self._value(path, Argument(name, self.roots.get(name, object), None, "", deferred=False))
 
     def path_of(self, built: object) -> NodePath | None:
         """Where ``built`` stands in the document."""

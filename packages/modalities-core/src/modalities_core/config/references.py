@@ -60,14 +60,14 @@ def _chain(document: Document, path: NodePath) -> list[NodePath | None]:
         whole = _REFERENCE.fullmatch(value)
         if whole is None or whole.group(1).startswith("env:"):
             return [*chain, None]
-        following = _resolve(document, whole.group(1))
+        following = resolve(document, whole.group(1))
         if following in chain:
             circle = " -> ".join(dotted(step) for step in (*chain, following) if step is not None)
             raise ConfigError(f"the reference goes round in a circle: {circle}")
         chain.append(following)
 
 
-def _resolve(document: Document, text: str) -> NodePath:
+def resolve(document: Document, text: str) -> NodePath:
     """The path that a reference's text names; references on the way are followed.
 
     Raises:
@@ -114,7 +114,7 @@ def plain(document: Document, path: NodePath, used: set[NodePath], open_paths: t
     def insert(text: str) -> Any:
         if text.startswith("env:"):
             return environment(text.removeprefix("env:"))
-        found = _resolve(document, text)
+        found = resolve(document, text)
         used.add(found)
         return plain(document, found, used, inside)
 
