@@ -1,0 +1,12 @@
+"""What modalities-data registers: names of the config language and where their code is; importing nothing."""
+
+from __future__ import annotations
+
+COMPONENTS: dict[str, str] = {
+    "batches.held_out": "modalities_data.loading.batches:HeldOutBatches",
+    "batches.shuffled": "modalities_data.loading.batches:ShuffledBatches",
+    "dataset.lorem_ipsum": "modalities_data.datasets:LoremIpsumDataset",
+    "dataset.packed": "modalities_data.datasets:PackedDataset",
+    "tokenizer.bytes": "modalities_data.tokenizers.bytes:BytesTokenizer",
+    "tokenizer.huggingface": "modalities_data.tokenizers.huggingface:HuggingFaceTokenizer",
+}

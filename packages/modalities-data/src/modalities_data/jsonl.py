@@ -1,0 +1,206 @@
+"""JSON Lines: newline-aligned byte ranges, bounded-memory reading, and errors that name ``file:line``.
+
+Every line is one JSON object with the document's text under one key. Blank lines, CRLF line ends and a UTF-8 byte
+order mark at the start of the file are no errors. A line belongs to the range its first byte lies in, so any cut of a
+file into ranges gives the same documents in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from modalities_core.errors import DataError
+from modalities_data.disk import user_errors
+
+BLOCK_BYTES = 4 << 20
+LONGEST_LINE_BYTES = 2 << 30
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class ByteRange(NamedTuple):
+    """Whole lines of a file: bytes ``start`` to ``end``."""
+
+    path: Path
+    start: int
+    end: int
+
+
+class Failure(NamedTuple):
+    """A line that is no document: where it starts in the file, in bytes, and why."""
+
+    offset: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Block:
+    """Some consecutive lines of a file.
+
+    start: byte position of the first line.
+    bytes: their length in the file.
+    lines: the raw line of each document, without its newline.
+    texts: the text of each document, in order.
+    blank_lines: lines with nothing but white space.
+    failures: lines that are no documents.
+    """
+
+    start: int
+    bytes: int
+    lines: list[bytes] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    blank_lines: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+
+def byte_ranges(path: Path, target_bytes: int) -> list[ByteRange]:
+    """Cut ``path`` behind newlines into ranges of at least ``target_bytes``, the last one excepted.
+
+    Raises:
+        DataError: the file is missing, unreadable or empty.
+    """
+    with user_errors(path):
+        size = path.stat().st_size
+        cuts = [0]
+        with path.open("rb") as stream:
+            while cuts[-1] + target_bytes < size:
+                # One byte early, so that a newline just before the target is a cut already.
+                cut = _after_newline(stream, cuts[-1] + target_bytes - 1)
+                if cut >= size:
+                    break
+                cuts.append(cut)
+    if not size:
+        raise DataError(f"{path} is empty", hint="expected one JSON object per line")
+    return [ByteRange(path, start, end) for start, end in zip(cuts, [*cuts[1:], size], strict=True)]
+
+
+def _after_newline(stream, position: int) -> int:
+    """The position after the first newline at or behind ``position``, or the end of the file."""
+    stream.seek(position)
+    while chunk := stream.read(1 << 20):
+        found = chunk.find(b"\n")
+        if found >= 0:
+            return position + found + 1
+        position += len(chunk)
+    return position
+
+
+def blocks(lines: ByteRange, key: str = "text") -> Iterator[Block]:
+    """Read a range some megabytes at a time; at least one line per block.
+
+    Args:
+        lines: what to read.
+        key: the key of each object that holds the text.
+
+    Raises:
+        DataError: the file is unreadable, shrank, or has a line longer than 2 GiB.
+    """
+    decode = text_decoder(key)
+    for start, data in _whole_lines(lines):
+        yield _decode_block(start, data, decode)
+
+
+def documents(path: Path, key: str = "text") -> Iterator[str]:
+    """The text of every document of a file.
+
+    Raises:
+        DataError: at the first line that is no document, naming ``file:line``.
+    """
+    with user_errors(path):
+        size = path.stat().st_size
+    for block in blocks(ByteRange(path, 0, size), key):
+        if block.failures:
+            raise failure_error(path, block.failures[0])
+        yield from block.texts
+
+
+def text_decoder(key: str) -> Callable[[bytes], str]:
+    """A function from one line of JSON to the string under ``key``; other keys are skipped without being built."""
+    document = msgspec.defstruct("Document", [("text", str)], rename={"text": key})
+    decode = msgspec.json.Decoder(document).decode
+    return lambda line: decode(line).text  # pyrefly: ignore[missing-attribute]
+
+
+def _whole_lines(lines: ByteRange) -> Iterator[tuple[int, bytes]]:
+    """Position and bytes of whole lines, about BLOCK_BYTES at a time."""
+    path, position, end = lines
+    pieces: list[bytes] = []
+    start = position
+    with user_errors(path), path.open("rb", buffering=0) as stream:
+        stream.seek(position)
+        while position < end:
+            chunk = stream.read(min(BLOCK_BYTES, end - position))
+            if not chunk:
+                raise DataError(f"{path} shrank while it was read: {end} bytes expected, {position} found")
+            position += len(chunk)
+            cut = len(chunk) if position == end else chunk.rfind(b"\n") + 1
+            if cut:
+                pieces.append(chunk[:cut])
+                data = b"".join(pieces)
+                yield start, data
+                start += len(data)
+                pieces = []
+            pieces.append(chunk[cut:])
+            if position - start > LONGEST_LINE_BYTES:
+                raise DataError(
+                    f"{path}:{line_number(path, start)}: a line is longer than {LONGEST_LINE_BYTES} bytes",
+                    hint="is this a JSON Lines file, with one document per line?",
+                )
+
+
+def _decode_block(start: int, data: bytes, decode: Callable[[bytes], str]) -> Block:
+    """Decode line by line: one object per line is what makes a cut at any newline safe."""
+    block = Block(start, len(data))
+    position = start
+    lines = data.split(b"\n")
+    if data.endswith(b"\n"):
+        lines.pop()
+    for line in lines:
+        content = line.removeprefix(BYTE_ORDER_MARK) if position == 0 else line
+        try:
+            text = decode(content)
+        except (ValueError, RecursionError) as error:
+            if content and not content.isspace():
+                block.failures.append(Failure(position, _reason(error)))
+            else:
+                block.blank_lines += 1
+        else:
+            block.texts.append(text)
+            block.lines.append(content)
+        position += len(line) + 1
+    return block
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a line, in a user's words."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"the text is not UTF-8 ({error.reason})"
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    text = str(error)
+    if isinstance(error, msgspec.ValidationError):
+        return text.removesuffix(" - at `$`")
+    return text if text.startswith("JSON is malformed") else f"JSON is malformed: {text}"
+
+
+def line_number(path: Path, offset: int, start: int = 0) -> int:
+    """The one-based number of the line at byte ``offset``, counting from the line at ``start``."""
+    count = 0
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while start < offset and (chunk := stream.read(min(1 << 20, offset - start))):
+            count += chunk.count(b"\n")
+            start += len(chunk)
+    return count + 1
+
+
+def failure_error(path: Path, failure: Failure) -> DataError:
+    """The error of a line that is no document."""
+    return DataError(
+        f"{path}:{line_number(path, failure.offset)}: {failure.reason}",
+        hint='each line is one JSON object with the document under the text key, such as {"text": "..."}',
+    )

@@ -1,0 +1,101 @@
+"""Worker processes for packing: started fresh, ended with their parent, and quick to stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+from modalities_core.errors import ResourceError
+from modalities_data.jsonl import ByteRange
+from modalities_data.prepare.shards import Job, RangeResult, Report, pack_range
+
+SECONDS_BETWEEN_REPORTS = 0.2
+# Parallelism is in the processes: threads of the tokenizers beneath them would only fight for the same cores.
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+_worker: dict[str, Any] = {}
+
+
+class _Stopped(Exception):
+    """This worker was told to stop because another one failed."""
+
+
+def pack_in_processes(job: Job, ranges: dict[int, ByteRange], workers: int, report: Report) -> dict[int, RangeResult]:
+    """Pack ``ranges`` in ``workers`` processes.
+
+    Raises:
+        ModalitiesError: what a worker raised; the others stop within a block.
+        ResourceError: a worker was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    read, written, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, read, written, stop))
+    reported = (0, 0)
+    try:
+        with _environment(ONE_THREAD):
+            futures = {pool.submit(_pack_range, number, lines): number for number, lines in ranges.items()}
+        pending: set[Future[RangeResult]] = set(futures)
+        while pending:
+            finished, pending = wait(pending, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+            now = (read.value, written.value)
+            report(now[0] - reported[0], now[1] - reported[1])
+            reported = now
+            for future in sorted(finished, key=futures.__getitem__):
+                future.result()
+        return {number: future.result() for future, number in futures.items()}
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "a packing worker was killed, as happens when memory runs out",
+            hint="run the same command again, with fewer --workers if memory was short: finished shards are kept",
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(job: Job, read: Any, written: Any, stop: Any) -> None:
+    """Prepare a new process: the parent alone answers Ctrl-C, and no worker outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker.update(job=job, read=read, written=written, stop=stop)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+def _pack_range(number: int, lines: ByteRange) -> RangeResult:
+    def report(new_bytes: int, new_tokens: int) -> None:
+        for counter, new in ((_worker["read"], new_bytes), (_worker["written"], new_tokens)):
+            with counter.get_lock():
+                counter.value += new
+        if _worker["stop"].is_set():
+            raise _Stopped
+
+    return pack_range(_worker["job"], number, lines, report)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set ``variables`` while processes start, which inherit them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
