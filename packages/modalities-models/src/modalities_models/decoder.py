@@ -1,0 +1,263 @@
+"""A pre-norm decoder: tokens to hidden states, and the head that turns them into logits.
+
+Parameter names (N counts from 0):
+    embedding.weight (V, D); positions.weight (longest T, D) for absolute positions
+    blocks.N.attention_norm, blocks.N.attention.{query,key,value,output}[, query_norm, key_norm]
+    blocks.N.feedforward_norm, blocks.N.feedforward.{gate,up,down} or {up,down}
+    norm; head.weight (V, D) unless tied
+Matrices are (out, in) as in ``nn.Linear``; nn/attention.py says how heads lie in them.
+
+Shape suffixes: B batch, T tokens, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import ParallelPlan
+from modalities_models.architecture import Architecture
+from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
+from modalities_models.nn.attention import Attention, KeyValueCache
+from modalities_models.nn.feedforward import feedforward
+from modalities_models.nn.norms import RMSNorm, norm
+from modalities_models.nn.rope import Rotation, rotation
+from modalities_models.presets import resolve
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.attention_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
+        self.attention = Attention(
+            a.hidden_size,
+            a.heads,
+            a.key_value_heads,
+            a.head_size,
+            bias=a.bias,
+            query_key_norm_eps=a.norm_eps if a.query_key_norm else None,
+            dropout=a.dropout,
+        )
+        self.feedforward_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
+        self.feedforward = feedforward(a.activation, a.hidden_size, a.intermediate_size, a.bias)
+        self.dropout = a.dropout
+
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        mixed_BTD = self.attention(self.attention_norm(hidden_BTD), rotation, cache)
+        hidden_BTD = hidden_BTD + self._drop(mixed_BTD)
+        return hidden_BTD + self._drop(self.feedforward(self.feedforward_norm(hidden_BTD)))
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
+
+
+class TiedHead(nn.Module):
+    """A head that reads the embedding's weight when called and owns no parameter.
+
+    So it stays tied through construction on the meta device, ``to_empty``, casting, copying and sharding.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        # In a tuple, where nn.Module does not look: a second registration would store the weight twice.
+        self._embedding = (embedding,)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V)."""
+        return F.linear(hidden, self._embedding[0].weight)
+
+
+class Decoder(nn.Module):
+    """A decoder of any ``Architecture``; satisfies ``modalities_core.interfaces.Model``.
+
+    Inside ``torch.device("meta")`` nothing is initialised; anywhere else the constructor fills all parameters from
+    ``initial_values``. Parameters have torch's default dtype. There are no buffers.
+
+    Args:
+        architecture: all its numbers.
+        initialization: how weight matrices are filled.
+        seed: of the initial values.
+    """
+
+    def __init__(self, architecture: Architecture, initialization: Initialization, seed: int = 0) -> None:
+        super().__init__()
+        self.architecture = a = architecture
+        self.vocab_size = a.vocab_size
+        self.sequence_length = a.sequence_length
+        self.initialization = initialization
+        self.seed = seed
+        device = torch.get_default_device()
+        # Always built without storage, so that nothing is filled twice and no value can live outside a parameter.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(a.vocab_size, a.hidden_size)
+            absolute = a.positions == "absolute"
+            self.positions = nn.Embedding(a.sequence_length, a.hidden_size) if absolute else None
+            self.blocks = nn.ModuleList([Block(a) for _ in range(a.layers)])
+            self.norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
+            self.head: nn.Module = (
+                TiedHead(self.embedding) if a.tied_embeddings else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
+            )
+        # Noted now, because wrappers around modules may rename or shard parameters later.
+        self._roles = {name: (tuple(parameter.shape), _role(self, name)) for name, parameter in self.named_parameters()}
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self._initialise()
+
+    def forward(self, tokens_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Token ids (B, T) int64 to hidden states (B, T, D) after the final norm.
+
+        Args:
+            tokens_BT: the ids; with caches, those that follow what the caches hold.
+            caches: one per block, from ``new_caches``; extended by these tokens.
+
+        Raises:
+            ConfigError: the input is longer than the model's sequence length.
+        """
+        start = caches[0].length if caches else 0
+        length = start + tokens_BT.shape[1]
+        if length > self.sequence_length:
+            raise ConfigError(
+                f"the model takes at most {self.sequence_length} tokens, not {length}",
+                hint=f"shorten the data's sequences, or build the model with sequence_length {length} or more",
+                about=(self, "sequence_length"),
+            )
+        positions_T = torch.arange(start, length, device=tokens_BT.device)
+        hidden_BTD = self.embedding(tokens_BT)
+        if self.positions is not None:
+            hidden_BTD = hidden_BTD + self.positions(positions_T)
+        a = self.architecture
+        if a.dropout and self.training:
+            hidden_BTD = F.dropout(hidden_BTD, a.dropout)
+        turned = rotation(positions_T, a.head_size, a.rope_theta) if a.positions == "rope" else None
+        for index, block in enumerate(self.blocks):
+            hidden_BTD = block(hidden_BTD, turned, caches[index]) if caches else block(hidden_BTD, turned)
+        return self.norm(hidden_BTD)
+
+    def new_caches(self, capacity: int | None = None) -> list[KeyValueCache]:
+        """Empty caches for ``forward``, one per block.
+
+        Args:
+            capacity: tokens they hold; by default the model's sequence length.
+        """
+        return [KeyValueCache(capacity or self.sequence_length) for _ in self.blocks]
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Every block is one unit of sharding, recomputation and compilation."""
+        return ParallelPlan(blocks=("blocks.*",))
+
+    def initial_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank."""
+        for name, (shape, role) in self._roles.items():
+            yield name, initial_value(name, shape, role, self.initialization, self.seed)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
+        return self.architecture.flops_per_token(sequence_length)
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements in all parameters, each counted once, whatever the sharding."""
+        return sum(torch.Size(shape).numel() for shape, _ in self._roles.values())
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for name, values in self.initial_values():
+            self.get_parameter(name).copy_(values)
+
+
+def _role(model: Decoder, name: str) -> Role:
+    """The part the parameter called ``name`` plays."""
+    owner, _, leaf = name.rpartition(".")
+    layers = model.architecture.layers
+    layer = int(owner.split(".")[1]) + 1 if owner.startswith("blocks.") else 0
+    kinds: dict[str, Kind] = {"embedding": "embedding", "positions": "position", "head": "head"}
+    if leaf == "bias":
+        return Role("bias", layer, layers)
+    if isinstance(model.get_submodule(owner), RMSNorm | nn.LayerNorm):
+        return Role("scale", layer, layers)
+    if owner.endswith(("attention.output", "feedforward.down")):
+        return Role("residual", layer, layers)
+    return Role(kinds.get(owner, "projection"), layer, layers)
+
+
+def decoder(
+    preset: str | None = None,
+    vocab_size: int | None = None,
+    sequence_length: int | None = None,
+    hidden_size: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    key_value_heads: int | None = None,
+    head_size: int | None = None,
+    intermediate_size: int | None = None,
+    norm: Literal["rms", "layer"] | None = None,
+    norm_eps: float | None = None,
+    activation: Literal["swiglu", "gelu"] | None = None,
+    positions: Literal["rope", "absolute", "none"] | None = None,
+    rope_theta: float | None = None,
+    bias: bool | None = None,
+    query_key_norm: bool | None = None,
+    tied_embeddings: bool | None = None,
+    dropout: float | None = None,
+    initialization: Initialization | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """A decoder of a named size, of given numbers, or of a named size with some numbers changed.
+
+    Args:
+        preset: a name from ``modalities_models.presets`` that gives the default of every argument below; without one
+            vocab_size, sequence_length, hidden_size, layers and heads are needed.
+        vocab_size: number of token ids.
+        sequence_length: longest input in tokens.
+        hidden_size: width of the residual stream.
+        layers: number of blocks.
+        heads: query heads per block.
+        key_value_heads: key and value heads per block, a divisor of heads (grouped-query attention,
+            arXiv:2305.13245); default heads.
+        head_size: width of one head; default hidden_size / heads.
+        intermediate_size: inner width of the feed-forward; default 8/3 of hidden_size rounded up to 64 for swiglu,
+            4 * hidden_size for gelu.
+        norm: RMSNorm (default) or LayerNorm.
+        norm_eps: added to the variance in every norm; default 1e-5.
+        activation: of the feed-forward; swiglu by default; gelu is its tanh form, as in GPT-2.
+        positions: rope (rotary, the default), absolute (learned), or none.
+        rope_theta: base of the rotary wavelengths; default 10000.
+        bias: biases in projections and LayerNorms; the head never has one; default false.
+        query_key_norm: RMSNorm over each query and key head before the rotation; default false.
+        tied_embeddings: the head uses the embedding's weight; default false.
+        dropout: probability, on embeddings, attention weights and residual outputs, in training only; default 0.
+        initialization: how weights are filled; default ``initialization.scaled`` with std 0.02.
+        seed: of the initial values.
+
+    Raises:
+        ConfigError: the preset is unknown, a needed number is missing, or the numbers are impossible.
+    """
+    overrides = {
+        "vocab_size": vocab_size,
+        "sequence_length": sequence_length,
+        "hidden_size": hidden_size,
+        "layers": layers,
+        "heads": heads,
+        "key_value_heads": key_value_heads,
+        "head_size": head_size,
+        "intermediate_size": intermediate_size,
+        "norm": norm,
+        "norm_eps": norm_eps,
+        "activation": activation,
+        "positions": positions,
+        "rope_theta": rope_theta,
+        "bias": bias,
+        "query_key_norm": query_key_norm,
+        "tied_embeddings": tied_embeddings,
+        "dropout": dropout,
+    }
+    return Decoder(resolve(preset, overrides), initialization or Scaled(), seed)

@@ -1,0 +1,44 @@
+"""Rotary position embeddings (arXiv:2104.09864), in the half-split form of Llama and Qwen checkpoints.
+
+Element i of a head is paired with element i + F/2 and turned by position * theta^(-2i/F).
+
+Shape suffixes: T tokens, H heads, F elements of one head; 1 where a dimension broadcasts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cosines and sines of a forward pass, (T, 1, F) float32 each.
+
+    Not a tuple on purpose: FSDP2's mixed precision casts the tensors of containers it can look into, and would round
+    what is shared by all blocks.
+    """
+
+    cos_T1F: Tensor
+    sin_T1F: Tensor
+
+
+def rotation(positions_T: Tensor, head_size: int, theta: float) -> Rotation:
+    """The rotation of tokens at ``positions_T``, (T,) integers, computed in float32 whatever the model's precision.
+
+    In bfloat16 positions above 256 would already collide; cosines are rounded only where they meet a head.
+    """
+    exponents = torch.arange(0, head_size, 2, device=positions_T.device, dtype=torch.float32) / head_size
+    frequencies = 1.0 / (theta**exponents)
+    angles = positions_T.float()[:, None, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(heads_BTHF: Tensor, rotation: Rotation) -> Tensor:
+    """Turn every head by its token's angle; same shape and dtype."""
+    cos, sin = rotation.cos_T1F.to(heads_BTHF.dtype), rotation.sin_T1F.to(heads_BTHF.dtype)
+    first, second = heads_BTHF.chunk(2, dim=-1)
+    return heads_BTHF * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,123 @@
+"""The loss against torch's cross entropy in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Batch
+from modalities_models.losses import CrossEntropy
+
+B, T, D, V = 3, 7, 10, 23
+
+
+def case(dtype=torch.float64, weighted=True):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    head = nn.Linear(D, V, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(V, D, generator=generator, dtype=torch.float64))
+    targets = torch.randint(V, (B, T), generator=generator)
+    weights = torch.rand(B, T, generator=generator).mul(3).floor() / 2 if weighted else None
+    return hidden, head, Batch(torch.zeros_like(targets), targets, weights)
+
+
+def reference(hidden, head, batch):
+    logits = (hidden.double() @ head.weight.double().T).flatten(0, 1)
+    losses = F.cross_entropy(logits, batch.targets_BT.flatten(), reduction="none")
+    return losses.sum() if batch.weights_BT is None else (losses * batch.weights_BT.flatten()).sum()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 7, 21, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_value_and_gradients_equal_torch(weighted, chunk, dtype, tolerance):
+    hidden, head, batch = case(dtype, weighted)
+    wanted = torch.autograd.grad(reference(hidden, head, batch), [hidden, head.weight])
+    loss, tokens = CrossEntropy(chunk)(hidden, head, batch)
+    got = torch.autograd.grad(loss, [hidden, head.weight])
+    assert loss.item() == pytest.approx(reference(hidden, head, batch).item(), rel=tolerance)
+    assert tokens.item() == (B * T if batch.weights_BT is None else batch.weights_BT.sum().item())
+    assert tokens.dtype == torch.float32 and not tokens.requires_grad
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs.to(dtype), rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_weights_of_zero_give_zero_loss_and_zero_gradients(chunk):
+    hidden, head, batch = case()
+    batch = Batch(batch.tokens_BT, batch.targets_BT, torch.zeros(B, T))
+    loss, tokens = CrossEntropy(chunk)(hidden, head, batch)
+    loss.backward()
+    assert loss.item() == 0 and tokens.item() == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(head.weight.grad, torch.zeros_like(head.weight))
+
+
+def test_weighted_by_ones_equals_unweighted():
+    hidden, head, batch = case(weighted=False)
+    ones = Batch(batch.tokens_BT, batch.targets_BT, torch.ones(B, T))
+    assert CrossEntropy()(hidden, head, ones).loss.item() == pytest.approx(
+        CrossEntropy()(hidden, head, batch).loss.item(), rel=1e-14
+    )
+
+
+def test_sums_do_not_depend_on_the_split_into_micro_batches():
+    hidden, head, batch = case()
+    whole = CrossEntropy()(hidden, head, batch)
+    parts = [
+        CrossEntropy()(
+            hidden[i : i + 1],
+            head,
+            Batch(*(t[i : i + 1] for t in (batch.tokens_BT, batch.targets_BT)), batch.weights_BT[i : i + 1]),
+        )
+        for i in range(B)
+    ]
+    assert sum(part.loss.item() for part in parts) == pytest.approx(whole.loss.item(), rel=1e-13)
+    assert sum(part.tokens.item() for part in parts) == whole.tokens.item()
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_log_softmax_is_float32_under_bfloat16_autocast(chunk):
+    hidden, head, batch = case(torch.float32, weighted=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = CrossEntropy(chunk)(hidden, head, batch).loss
+        logits = head(hidden)
+    loss.backward()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    wanted = F.cross_entropy(logits.double().flatten(0, 1), batch.targets_BT.flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
+    _, head, batch = case(weighted=False)
+    loss, tokens = CrossEntropy()(torch.zeros(B, T, D, dtype=torch.float64), head, batch)
+    assert loss.item() / tokens.item() == pytest.approx(math.log(V), rel=1e-12)
+
+
+def test_logits_never_exist_whole_when_chunked():
+    hidden, head, batch = case()
+    shapes = []
+    head.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    CrossEntropy(4)(hidden, head, batch).loss.backward()
+    assert {tuple(shape) for shape in shapes} == {(4, V), (1, V)}
+    assert len(shapes) == 2 * 6, "each chunk once forward and once again for the backward pass"
+
+
+@pytest.mark.parametrize("target", [-100, -1, V])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_target_outside_the_vocabulary_is_never_skipped(target, weighted):
+    hidden, head, batch = case(weighted=weighted)
+    batch.targets_BT[0, 0] = target
+    with pytest.raises(IndexError, match="out of bounds"):
+        CrossEntropy()(hidden, head, batch)
+
+
+def test_a_chunk_has_at_least_one_token():
+    with pytest.raises(ConfigError, match="at least 1"):
+        CrossEntropy(0)
