@@ -45,7 +45,7 @@ class CommandTree(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Refuse an unknown command with the nearest known one."""
         if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
-            from modalities_core.config.positions import did_you_mean
+            from modalities_core.spelling import did_you_mean
 
             raise click.UsageError(f"there is no command `{args[0]}`{did_you_mean(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
@@ -57,7 +57,9 @@ class CommandTree(click.Group):
             formatter.write_dl(ours)
         if plugins := _plugins():
             with formatter.section("From plugins"):
-                rows = [(name, f"from {point.dist.name if point.dist else point.value}") for name, point in plugins.items()]
+                rows = [
+                    (name, f"from {point.dist.name if point.dist else point.value}") for name, point in plugins.items()
+                ]
                 formatter.write_dl(rows)
 
     def _short_help(self, ctx: click.Context, name: str) -> str:
@@ -65,10 +67,14 @@ class CommandTree(click.Group):
         return command.get_short_help_str(80) if command else ""
 
 
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
+
+
 def _load_plugin(point: EntryPoint) -> click.Command:
     from modalities_core.errors import ConfigError
 
-    distribution = point.dist.name if point.dist else point.value
+    distribution = _distribution(point)
     try:
         command = point.load()
     except Exception as error:

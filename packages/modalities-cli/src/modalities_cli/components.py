@@ -18,9 +18,9 @@ def components(ctx: click.Context, kind: str | None) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    from modalities_core.config.positions import did_you_mean
     from modalities_core.errors import ConfigError
     from modalities_core.registry import registry
+    from modalities_core.spelling import did_you_mean
 
     known = registry()
     entries = [entry for entry in known if kind in (None, entry.kind)]

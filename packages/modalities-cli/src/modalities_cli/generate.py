@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,4 +42,36 @@ def generate(
         raise ConfigError(f"the document of {run_folder} names no `tokenizer`", hint="add one at the top level")
     model, _ = trained_model(graph, run_folder)
     text = sys.stdin.read() if prompt == "-" else prompt
-    click.echo(continue_text(model, tokenizer, text, max_new_tokens, temperature, top_k, top_p, seed))
+    click.echo(text, nl=False)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for piece in continuation(model, tokenizer, text, max_new_tokens, **sampling):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+def continuation(model: Any, tokenizer: Any, text: str, max_new_tokens: int, **sampling: Any) -> Iterator[str]:
+    """The text that follows ``text``, in pieces of whole characters as soon as they are known.
+
+    Args:
+        model: a trained Model.
+        tokenizer: the one it was trained with.
+        text: the prompt; where it is empty, the model starts a document.
+        max_new_tokens: the most tokens to add.
+        sampling: temperature, top_k, top_p and seed of :func:`modalities_models.generation.generate`.
+    """
+    from modalities_models.generation import generate as generate_tokens
+
+    # Every document follows an end-of-document token in training, so that is where a prompt belongs.
+    prompt = [tokenizer.end_of_document, *tokenizer.encode(text)]
+    tokens: list[int] = []
+    shown = ""
+    for token in generate_tokens(model, prompt, max_new_tokens, end_of_document=tokenizer.end_of_document, **sampling):
+        tokens.append(token)
+        known = tokenizer.decode(tokens)
+        # A replacement character at the end may be the first half of a character that comes with the next token.
+        if known.endswith("\ufffd") and len(known) - len(shown) < 4:
+            continue
+        yield known[len(shown) :]
+        shown = known
+    if tokens and tokenizer.decode(tokens) != shown:
+        yield tokenizer.decode(tokens)[len(shown) :]

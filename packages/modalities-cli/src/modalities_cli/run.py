@@ -35,7 +35,7 @@ def run(
         overrides = (str(config), *overrides) if config is not None else overrides
         config = config_option
     if config is None:
-        raise ConfigError("no configuration given", hint="modalities run CONFIG, for example config_files/quickstart.yaml")
+        raise ConfigError("no configuration given", hint="modalities run config_files/quickstart.yaml")
     train(config, overrides, folder or Path("runs") / config.stem, fresh)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modalities_core.config.document import Document, load
+from modalities_core.config.document import load
 from modalities_core.config.graph import Graph
 from modalities_core.errors import CheckpointError, ConfigError
 from modalities_core.registry import registry
@@ -40,7 +40,9 @@ def open_run(folder: Path) -> Graph:
         ConfigError: there is no run.
     """
     if not (folder / RESOLVED).is_file():
-        raise ConfigError(f"{folder} is not the folder of a run: it has no {RESOLVED}", hint="`modalities run` makes one")
+        raise ConfigError(
+            f"{folder} is not the folder of a run: it has no {RESOLVED}", hint="`modalities run` makes one"
+        )
     return checked_graph(folder / RESOLVED)
 
 
@@ -50,16 +52,11 @@ def trained_model(graph: Graph, folder: Path) -> tuple[Any, int]:
     Raises:
         CheckpointError: there is no valid checkpoint.
     """
-    from modalities_core.training.checkpointing import newest_valid
+    from modalities_core.training.lineage import newest_valid
 
     found = newest_valid(folder / "checkpoints")
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet", hint="let the run go on until it saves one")
     model = graph.build("trainer.executor.model")
     graph.build("trainer.checkpoints.format").load(found.folder, model, None)
-    return model, found.progress.step
-
-
-def document_of(graph: Graph) -> Document:
-    """The document behind a graph."""
-    return graph.document
+    return model, found.manifest.step

@@ -15,8 +15,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from modalities_core.config.positions import did_you_mean
 from modalities_core.errors import ConfigError
+from modalities_core.spelling import did_you_mean
 
 COMPONENT_GROUP = "modalities.components"
 _NAME = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def takes_objects(annotation: Any) -> bool:
 def plain_part(annotation: Any) -> Any | None:
     """The union of the members that are written as plain data; None where there is no such member."""
     members = [member for member in alternatives(annotation) if not takes_objects(member)]
-    return typing.Union[tuple(members)] if members else None  # noqa: UP007 (built from a list)
+    return reduce(operator.or_, members) if members else None
 
 
 @cache

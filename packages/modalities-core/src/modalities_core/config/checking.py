@@ -23,9 +23,10 @@ from modalities_core.config.arguments import (
     type_name,
 )
 from modalities_core.config.document import Document
-from modalities_core.config.positions import DocumentError, NodePath, Problem, did_you_mean, dotted, nearest
+from modalities_core.config.positions import DocumentError, NodePath, Problem, dotted
 from modalities_core.errors import ConfigError
 from modalities_core.registry import Registry
+from modalities_core.spelling import did_you_mean, nearest
 
 VERSION = 1
 RESERVED = ("version", "settings", "extends", "relative_to")

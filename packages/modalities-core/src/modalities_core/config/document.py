@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modalities_core.config.positions import DocumentError, NodePath, Position, Problem, did_you_mean, dotted
+from modalities_core.config.positions import DocumentError, NodePath, Position, Problem, dotted
 from modalities_core.errors import ConfigError
+from modalities_core.spelling import did_you_mean
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -25,14 +27,15 @@ MAX_VALUES = 100_000
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; scalars are resolved by the YAML 1.2 core schema."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"([-+]?)\.(inf|Inf|INF)|()\.(nan|NaN|NAN)")
 _WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_WORDS |= {word: True for word in ("true", "True", "TRUE")} | {word: False for word in ("false", "False", "FALSE")}
+_WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 
 
 def scalar(text: str) -> Any:
@@ -161,6 +164,7 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             self.check_tag(node, path, position, "seq")
             return [self.value(item, (*path, index), depth + 1) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         self.check_tag(node, path, position, "str")
         return node.value if node.style in ("'", '"', "|", ">") else scalar(node.value)
 
@@ -248,10 +252,9 @@ def apply_override(document: Document, override: str) -> None:
     path: NodePath = tuple(path_text.strip().split("."))
     position = Position(f"override {override}", 0)
     value = parse(f"value: {value_text}", f"override {override}", document.folder).tree["value"]
-    try:
+    parent: Any = None
+    with suppress(KeyError):
         parent = document.get(path[:-1])
-    except KeyError:
-        parent = None
     last = path[-1]
     if isinstance(parent, list):
         try:

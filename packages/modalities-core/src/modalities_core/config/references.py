@@ -11,8 +11,9 @@ import re
 from typing import Any
 
 from modalities_core.config.document import Document, list_index, scalar
-from modalities_core.config.positions import NodePath, did_you_mean, dotted
+from modalities_core.config.positions import NodePath, dotted
 from modalities_core.errors import ConfigError
+from modalities_core.spelling import did_you_mean
 
 _REFERENCE = re.compile(r"(?<!\$)\$\{([^{}]*)\}")
 _ENVIRONMENT = re.compile(r"MODALITIES_\w+|SLURM_\w+|HOME|USER|HOSTNAME|TMPDIR|SCRATCH|RANK|LOCAL_RANK|WORLD_SIZE")
