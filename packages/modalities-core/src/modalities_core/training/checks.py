@@ -1,0 +1,62 @@
+"""What can be wrong with a run before its first step; needs shapes only, so it works on the meta device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Batches, HeldOut, Model, World
+from modalities_core.training.evaluator import Evaluation
+
+
+def check_run(model: Model, world: World, batches: Batches, evaluations: Sequence[Evaluation]) -> None:
+    """Refuse what would fail, or train something else than meant, once the run is under way.
+
+    Raises:
+        ConfigError: token ids beyond the vocabulary, sequences beyond the model's length, gradients that would not be
+            reduced, or two held-out sets of one name.
+    """
+    check_data(model, batches, "the training data")
+    for evaluation in evaluations:
+        check_data(model, evaluation.batches, f"the held-out set {evaluation.name!r}")
+    for name, count in Counter(evaluation.name for evaluation in evaluations).items():
+        if count > 1:
+            raise ConfigError(f"{count} held-out sets have the name {name!r}", hint="give each a name of its own")
+    world.check(model)
+
+
+def check_data(model: Model, data: Batches | HeldOut, called: str) -> None:
+    """Refuse data that the model cannot take.
+
+    Args:
+        model: what reads it.
+        data: its largest id and sequence length are compared.
+        called: what an error calls it.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    if data.largest_id >= model.vocab_size:
+        raise ConfigError(
+            f"vocab_size is {model.vocab_size}, but {called} has the token id {data.largest_id}",
+            hint=f"set vocab_size to at least {data.largest_id + 1}",
+            about=(model, "vocab_size"),
+        )
+    if data.sequence_length > model.sequence_length:
+        raise ConfigError(
+            f"sequence_length is {model.sequence_length}, but {called} has sequences of {data.sequence_length} tokens",
+            hint=f"set it to at least {data.sequence_length}, or cut the data shorter",
+            about=(model, "sequence_length"),
+        )
+
+
+def check_positive(owner: object, **numbers: float | None) -> None:
+    """Refuse numbers that are neither positive nor None.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ConfigError(f"{name} has to be positive, not {number}", about=(owner, name))

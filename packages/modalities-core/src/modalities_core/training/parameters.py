@@ -1,0 +1,48 @@
+"""A model's parameters, under the names that wrappers do not change."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Model
+
+COMPILED_PREFIX = "_orig_mod."
+
+
+def as_module(model: Model) -> nn.Module:
+    """The model as the ``torch.nn.Module`` that it has to be.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a model has to be a torch.nn.Module, this is {type(model).__name__}", about=model)
+    return model
+
+
+def trainable(model: Model) -> dict[str, nn.Parameter]:
+    """Parameters that take gradients, each once, by name without the prefix that torch.compile adds."""
+    named = as_module(model).named_parameters()
+    return {name.replace(COMPILED_PREFIX, ""): value for name, value in named if value.requires_grad}
+
+
+def parameter_count(model: Model) -> int:
+    """Number of parameters over all ranks, trained or not, shared ones counted once."""
+    return sum(value.numel() for value in as_module(model).parameters())
+
+
+def on_meta(model: Model) -> bool:
+    """Whether any parameter has a shape only and no values."""
+    return any(value.is_meta for value in as_module(model).parameters())
+
+
+def tensor_layout(model: Model) -> dict[str, tuple[list[int], str]]:
+    """Name to global shape and dtype of every parameter and buffer; dtypes as torch names them."""
+    module = as_module(model)
+    named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    layout = {}
+    for name, value in named.items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        layout[name.replace(COMPILED_PREFIX, "")] = (list(value.shape), dtype)
+    return layout

@@ -1,0 +1,70 @@
+"""Being asked to stop: by a scheduler (SIGTERM, SIGUSR1) or by the user (SIGINT)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from modalities_core.interfaces import World
+
+PREEMPTING = ("SIGTERM", "SIGUSR1")
+INTERRUPTING = ("SIGINT",)
+
+
+class StopSignals:
+    """While entered, notes signals instead of dying of them; a second SIGINT raises KeyboardInterrupt at once.
+
+    Outside of the main thread, where Python allows no handlers, it notes nothing. The handlers that were there before
+    come back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.preempted = False
+        self.interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            for name in (*PREEMPTING, *INTERRUPTING):
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self._before.items():
+            # None stands for a handler that was not installed from Python and cannot be put back from it.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
+
+    def flags(self) -> tuple[float, float]:
+        """(preempted, interrupted) as numbers that can be summed over the ranks."""
+        return float(self.preempted), float(self.interrupted)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if signal.Signals(number).name in PREEMPTING:
+            self.preempted = True
+        elif self.interrupted:
+            raise KeyboardInterrupt
+        else:
+            self.interrupted = True
+
+
+def stop_state(flags: Sequence[float]) -> str:
+    """``interrupted``, ``preempted`` or empty, from the sum of all ranks' flags; the user's wish comes first."""
+    preempted, interrupted = flags
+    return "interrupted" if interrupted else "preempted" if preempted else ""
+
+
+def agree_to_stop(world: World, signals: StopSignals) -> str:
+    """What :func:`stop_state` gives for all ranks together; collective, for long stretches without a step."""
+    return stop_state(world.sum(torch.tensor(signals.flags(), device=world.device)).tolist())

@@ -1,0 +1,102 @@
+"""How fast a run goes: tokens per second without evaluation and saving, MFU, and memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Measures since the last window: steps, seconds of training, and seconds of it spent waiting for data."""
+
+    steps: int
+    seconds: float
+    data_seconds: float
+
+    def tokens_per_second(self, tokens_per_step: int) -> float:
+        """Over all ranks; 0 before the first step."""
+        return self.steps * tokens_per_step / self.seconds if self.seconds > 0 else 0.0
+
+
+class Stopwatch:
+    """Training time since the last window, without what ran inside :meth:`excluded`.
+
+    Args:
+        clock: seconds that only go up.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._excluded = 0.0
+        self._data = 0.0
+        self._steps = 0
+
+    def step_done(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time inside does not count as training: evaluation, saving."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._excluded += self._clock() - start
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time inside counts as training and is reported on its own."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._data += self._clock() - start
+
+    def window(self) -> Window:
+        """What happened since the last call; starts the next window."""
+        now = self._clock()
+        window = Window(self._steps, now - self._start - self._excluded, self._data)
+        self._start, self._excluded, self._data, self._steps = now, 0.0, 0.0, 0
+        return window
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, ranks: int) -> float | None:
+    """Model FLOPs utilisation: the share of all devices' peak that the model's own arithmetic takes.
+
+    PaLM's convention (arXiv:2204.02311 appendix B): recomputed activations do not count.
+
+    Args:
+        tokens_per_second: over all ranks.
+        flops_per_token: forward and backward.
+        peak: FLOP/s of one device, or None.
+        ranks: devices.
+
+    Returns:
+        A share, usually below 1, or None without a peak.
+    """
+    return tokens_per_second * flops_per_token / (peak * ranks) if peak else None
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak allocation on a GPU, or the resident set of this process on the CPU; 0 where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        import resource
+
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0

@@ -1,0 +1,73 @@
+"""One process on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Model
+
+
+class Alone:
+    """The world of a run with a single process: every reduction is the identity.
+
+    Args:
+        device: where the model lives, such as ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU if there is one.
+
+    Raises:
+        ConfigError: the device is unknown or not available on this machine.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.rank = 0
+        self.size = 1
+        self.data_rank = 0
+        self.data_size = 1
+        self.device = _device(device, self)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` themselves."""
+        return values
+
+    def squared_norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """Squared 2-norm of all gradients, a scalar on the device; 0 where there are none."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        return torch.nn.utils.get_total_norm(gradients, 2.0).square()
+
+    def check(self, model: Model) -> None:
+        """Nothing to reduce, nothing to refuse."""
+
+    def broadcast(self, value: Any) -> Any:
+        """``value`` itself."""
+        return value
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+def _device(name: str | None, about: object) -> torch.device:
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        hint = "use cpu, cuda or cuda:N"
+        raise ConfigError(f"{name!r} is not a device", hint=hint, about=(about, "device")) from error
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise ConfigError(
+                f"device {name!r} is not there: this machine has {found} usable CUDA devices",
+                hint="leave device out to take what there is, or set it to cpu",
+                about=(about, "device"),
+            )
+    return device
