@@ -97,3 +97,76 @@ def clean_environment() -> dict[str, str]:
     """This process's environment without what points Python at other places."""
     dropped = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS"}
     return {name: value for name, value in os.environ.items() if name not in dropped}
+
+
+def one_thread(threads: int | None = 1) -> dict[str, str]:
+    """The environment for a command that computes; None leaves the number of threads to torch."""
+    base = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    return base if threads is None else {**base, "OMP_NUM_THREADS": str(threads)}
+
+
+@pytest.fixture(scope="session")
+def modalities(tmp_path_factory: pytest.TempPathFactory):
+    """Run the command: ``modalities("check", config)``; gives the finished process with its output as text."""
+    folder = tmp_path_factory.mktemp("commands")
+
+    def run(*arguments: object, timeout: float = 240, threads: int | None = 1, env: dict[str, str] | None = None):
+        command = [sys.executable, "-m", "modalities", *map(str, arguments)]
+        environment = one_thread(threads) if env is None else env
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder, env=environment)
+
+    return run
+
+
+@pytest.fixture
+def start_modalities(tmp_path: Path):
+    """Start the command and go on; what is still running at the end of the test is killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "modalities", *map(str, arguments)]
+        log = (tmp_path / f"output-{len(started)}.txt").open("wb")
+        with log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=one_thread())
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory: pytest.TempPathFactory):
+    """Run the command on several ranks: ``torchrun(2, "run", config)``."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = ROOT / "packages" / "modalities-cli" / "src" / "modalities" / "__main__.py"
+
+    def run(ranks: int, *arguments: object, timeout: float = 280):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(ranks)]
+        # Port 0: the launcher takes a free one, so that tests can run side by side.
+        command = [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script, *arguments]
+        words = [str(word) for word in command]
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout, cwd=folder, env=one_thread())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the configurations expect it: tokenizer.json with 4096 ids, train and held_out, packed."""
+    from modalities_data.corpus import write_standard_library
+    from modalities_data.jsonl import documents
+    from modalities_data.prepare.pack import pack
+    from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
+    from modalities_data.tokenizers.train import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("data")
+    write_standard_library(folder / "whole.jsonl")
+    with (folder / "whole.jsonl").open("rb") as whole, (folder / "some.jsonl").open("wb") as some:
+        some.writelines(line for number, line in enumerate(whole) if number % 20 == 0)
+    train_tokenizer(documents(folder / "some.jsonl"), folder / "tokenizer.json", 4096)
+    for name in ("train", "held_out"):
+        pack(folder / "some.jsonl", folder / name, HuggingFaceTokenizer(folder / "tokenizer.json"), workers=1)
+    return folder

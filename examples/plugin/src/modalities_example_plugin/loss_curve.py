@@ -14,7 +14,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 def loss_curve(run_folder: Path, width: int) -> None:
     """Draw the training loss of the run in RUN_FOLDER."""
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if record["event"] == "StepLogged"]
+    losses = [record["loss"] for record in records if record["event"] == "step_logged"]
     if not losses:
         raise click.ClickException(f"{run_folder} has logged no step yet")
     picked = (

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from modalities_core.training.trainer import Trainer
 
 
 @click.command()
@@ -27,6 +31,23 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     with torch.device("meta"):
         trainer = graph.build("trainer")
         graph.build("tokenizer")
-    for name, value in trainer.summary().items():
-        click.echo(f"{name:>24}  {value}")
+    for name, value in summary(trainer).items():
+        click.echo(f"{name:>20}  {value}")
     click.echo(f"{config}: no problems found")
+
+
+def summary(trainer: Trainer) -> dict[str, str]:
+    """What a run would be, in numbers."""
+    from modalities_core.progress import tokens_for_steps
+    from modalities_core.training.parameters import parameter_count
+
+    model, batches = trainer.executor.model, trainer.batches
+    length = batches.sequence_length
+    return {
+        "parameters": f"{parameter_count(model):,}",
+        "FLOPs per token": f"{model.flops_per_token(length):.3g}",
+        "tokens per step": f"{batches.samples_per_step * length:,} ({batches.samples_per_step} x {length})",
+        "steps": f"{trainer.steps:,}",
+        "tokens": f"{tokens_for_steps(trainer.steps, batches.samples_per_step, length):,}",
+        "data": batches.fingerprint,
+    }

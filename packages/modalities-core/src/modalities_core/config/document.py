@@ -255,7 +255,7 @@ def apply_override(document: Document, override: str) -> None:
     parent: Any = None
     with suppress(KeyError):
         parent = document.get(path[:-1])
-    last = path[-1]
+    last: Any = path[-1]
     if isinstance(parent, list):
         try:
             last = list_index(last, len(parent))

@@ -1,0 +1,60 @@
+"""The example plugin, installed as a third party would, and the example of library usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config_files" / "config_lorem_ipsum.yaml"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the plugin is installed, in a folder of its own."""
+    target = tmp_path_factory.mktemp("plugin")
+    source = ROOT / "examples" / "plugin"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    done = subprocess.run([*pip, str(target), str(source)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+
+
+def test_component_and_command_of_a_plugin(plugin: dict[str, str], modalities, tmp_path: Path) -> None:
+    listed = modalities("components", "--kind", "schedule", env=plugin)
+    assert "schedule.inverse_square_root" in listed.stdout
+    assert "modalities-example-plugin" in listed.stdout
+    schedule = "trainer.schedule={component: schedule.inverse_square_root, warmup_steps: 2}"
+    options = [schedule, "settings.steps=4", "trainer.log_every=1"]
+    done = modalities("run", CONFIG, "--folder", tmp_path / "run", *options, env=plugin)
+    assert done.returncode == 0, done.stderr
+    rates = [r["learning_rate"] for r in records(tmp_path / "run") if r["event"] == "step_logged"]
+    assert rates == pytest.approx([1e-3, 2e-3, 2e-3 * (3 / 2) ** -0.5, 2e-3 * 2**-0.5])
+    assert "loss-curve" in modalities("--help", env=plugin).stdout
+    drawn = modalities("loss-curve", tmp_path / "run", env=plugin)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "nats per token" in drawn.stdout
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_plugin_is_not_imported_unless_named(plugin: dict[str, str]) -> None:
+    code = "import sys; from modalities_core.registry import registry; list(registry()); "
+    code += "sys.exit('modalities_example_plugin.schedule' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=plugin, timeout=60).returncode == 0
+
+
+def test_library_usage(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "library_usage.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "trained 20 steps" in done.stdout
