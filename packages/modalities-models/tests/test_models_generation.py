@@ -29,6 +29,7 @@ def peaked(**arguments):
     return model
 
 
+@settings(deadline=None)
 @given(LOGITS, st.integers(1, 15))
 def test_top_k_keeps_what_fewer_than_k_beat(logits, k):
     kept = keep_top_k(logits, k).isfinite().tolist()
@@ -36,6 +37,7 @@ def test_top_k_keeps_what_fewer_than_k_beat(logits, k):
     assert kept == [sum(other > value for other in values) < k for value in values]
 
 
+@settings(deadline=None)
 @given(LOGITS, st.floats(0.01, 1.0))
 def test_top_p_keeps_the_smallest_sufficient_set(logits, p):
     logits = logits.double()
@@ -51,6 +53,7 @@ def test_top_p_keeps_the_smallest_sufficient_set(logits, p):
         assert probabilities[~kept].max() <= least
 
 
+@settings(deadline=None)
 @given(LOGITS)
 def test_filters_that_keep_all_change_nothing(logits):
     assert torch.equal(keep_top_k(logits, logits.numel()), logits)
@@ -125,7 +128,7 @@ def test_sampling_follows_the_distribution():
     assert ((counts / 4000 - wanted).abs() < 4 * (wanted * (1 - wanted) / 4000).sqrt()).all()
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(LOGITS, st.integers(1, 12), st.floats(0.05, 1.0))
 def test_sampled_tokens_pass_both_filters(logits, k, p):
     generator = torch.Generator().manual_seed(0)

@@ -6,22 +6,13 @@ Shape suffix: V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError, NumericalError
 from modalities_core.interfaces import Model
-
-
-@runtime_checkable
-class CachedModel(Protocol):
-    """A model that can go on from where it was: ``model(tokens_BT, caches)``."""
-
-    def new_caches(self, capacity: int | None = None) -> Any:
-        """Empty caches for ``capacity`` tokens."""
-        ...
 
 
 def generate(
@@ -42,7 +33,8 @@ def generate(
     iterator is used up or closed, then as it was.
 
     Args:
-        model: any Model; one with ``new_caches`` reads each token only once while the window is not full.
+        model: any Model; one with ``new_caches(capacity)``, whose result it takes as a second argument, reads each
+            token only once while the window is not full.
         tokens: the prompt's ids, at least one.
         max_new_tokens: the most tokens to give.
         temperature: divides the logits; 0 takes the most likely token each time.
@@ -76,8 +68,9 @@ def _generate(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     caches = None
-    if cache and isinstance(model, CachedModel):
-        caches = model.new_caches(min(model.sequence_length, len(tokens) + max_new_tokens))
+    new_caches: Any = getattr(model, "new_caches", None)
+    if cache and new_caches is not None:
+        caches = new_caches(min(model.sequence_length, len(tokens) + max_new_tokens))
     training = model.training
     model.eval()
     try:

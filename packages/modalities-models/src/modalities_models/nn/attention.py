@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modalities_models.nn.chunked_attention import chunked_causal_attention, suits
 from modalities_models.nn.norms import RMSNorm
 from modalities_models.nn.rope import Rotation, rotate
 
@@ -109,9 +110,14 @@ def causal_attention(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, d
     Returns:
         (B, heads, T, F).
     """
+    if suits(query_BHTF, key_BHSF, dropout):
+        return chunked_causal_attention(query_BHTF, key_BHSF, value_BHSF)
     new, total = query_BHTF.shape[2], key_BHSF.shape[2]
-    mask_TS = None
-    if new not in (1, total):
+    # Branches, not comparisons as values: those would be symbols under torch.compile with changing lengths.
+    mask_TS, whole = None, False
+    if new == total:
+        whole = True
+    elif new > 1:
         mask_TS = torch.ones(new, total, dtype=torch.bool, device=query_BHTF.device).tril(total - new)
     return F.scaled_dot_product_attention(
         query_BHTF,
@@ -119,6 +125,6 @@ def causal_attention(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, d
         value_BHSF,
         attn_mask=mask_TS,
         dropout_p=dropout,
-        is_causal=new == total and new > 1,
+        is_causal=whole,
         enable_gqa=query_BHTF.shape[1] != key_BHSF.shape[1],
     )

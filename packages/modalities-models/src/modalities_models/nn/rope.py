@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cosines and sines of a forward pass, (T, 1, F) float32 each.
+    """Cosines and sines of a forward pass, (T, 1, F) float32 each; sines are negated in the first half of F.
 
     Not a tuple on purpose: FSDP2's mixed precision casts the tensors of containers it can look into, and would round
     what is shared by all blocks.
@@ -33,12 +33,13 @@ def rotation(positions_T: Tensor, head_size: int, theta: float) -> Rotation:
     exponents = torch.arange(0, head_size, 2, device=positions_T.device, dtype=torch.float32) / head_size
     frequencies = 1.0 / (theta**exponents)
     angles = positions_T.float()[:, None, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def rotate(heads_BTHF: Tensor, rotation: Rotation) -> Tensor:
     """Turn every head by its token's angle; same shape and dtype."""
     cos, sin = rotation.cos_T1F.to(heads_BTHF.dtype), rotation.sin_T1F.to(heads_BTHF.dtype)
-    first, second = heads_BTHF.chunk(2, dim=-1)
-    return heads_BTHF * cos + torch.cat((-second, first), dim=-1) * sin
+    # Rolled by half a head, each element lies where its partner was.
+    partners_BTHF = heads_BTHF.roll(heads_BTHF.shape[-1] // 2, -1)
+    return torch.addcmul(heads_BTHF * cos, partners_BTHF, sin)

@@ -1,0 +1,109 @@
+"""The decoder sharded by FSDP2 over two processes against the whole one: built on meta, tied head, chunked loss."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
+
+RANK = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from modalities_core.interfaces import Batch
+from modalities_models.decoder import decoder
+from modalities_models.losses import CrossEntropy
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+ARGUMENTS = dict(vocab_size=61, sequence_length=8, hidden_size=32, layers=2, heads=4, key_value_heads=2)
+tokens = torch.randint(61, (4, 9), generator=torch.Generator().manual_seed(0))
+weights = torch.rand(4, 8, generator=torch.Generator().manual_seed(1))
+BLOCKS = {"rope": {}, "absolute": dict(positions="absolute", norm="layer", bias=True)}
+
+
+def backward(model, rows, chunk):
+    batch = Batch(tokens[rows, :-1], tokens[rows, 1:], weights[rows])
+    result = CrossEntropy(chunk)(model(batch.tokens_BT), model.head, batch)
+    result.loss.backward()
+    return result
+
+
+def sharded(arguments, policy):
+    with torch.device("meta"):
+        model = decoder(**arguments)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, values in model.initial_values():
+            parameter = model.get_parameter(name)
+            parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))
+    return model
+
+
+def compare(arguments, chunk, policy, tolerance):
+    whole = decoder(**arguments)
+    wanted = backward(whole, slice(0, 4), None)
+    model = sharded(arguments, policy)
+    assert model.parameter_count == whole.parameter_count
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(model.get_parameter(name).full_tensor(), parameter), name
+    mine = backward(model, slice(2 * rank, 2 * rank + 2), chunk)
+    total = torch.stack([mine.loss.detach(), mine.tokens])
+    dist.all_reduce(total)
+    torch.testing.assert_close(total, torch.stack([wanted.loss.detach(), wanted.tokens]), rtol=tolerance, atol=0)
+    largest = max(parameter.grad.norm() for parameter in whole.parameters())
+    for name, parameter in whole.named_parameters():
+        # FSDP2 averages over ranks; ours is the gradient of the sum.
+        got = 2 * model.get_parameter(name).grad.full_tensor()
+        # The key bias has none but rounding: the softmax does not see what shifts all its scores.
+        bound = tolerance * max(parameter.grad.norm(), largest / 100)
+        assert (got - parameter.grad).norm() <= bound, (name, arguments, chunk)
+
+
+exact, mixed = MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+for tied in (True, False):
+    for blocks in BLOCKS.values():
+        arguments = ARGUMENTS | blocks | dict(tied_embeddings=tied)
+        for chunk in (None, 5):
+            compare(arguments, chunk, exact, 1e-5)
+        compare(arguments, None, mixed, 0.05)
+dist.barrier()
+dist.destroy_process_group()
+print("equal", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_over_two_processes_equals_whole(tmp_path: Path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), tmp_path / "store"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
+    assert all(output.endswith("equal\n") for output in outputs)
