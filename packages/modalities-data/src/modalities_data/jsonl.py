@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from modalities_core.errors import DataError
+from modalities_core.errors import ConfigError, DataError
 from modalities_data.disk import user_errors
 
 BLOCK_BYTES = 4 << 20
@@ -119,8 +119,15 @@ def documents(path: Path, key: str = "text") -> Iterator[str]:
 
 
 def text_decoder(key: str) -> Callable[[bytes], str]:
-    """A function from one line of JSON to the string under ``key``; other keys are skipped without being built."""
-    document = msgspec.defstruct("Document", [("text", str)], rename={"text": key})
+    """A function from one line of JSON to the string under ``key``; other keys are skipped without being built.
+
+    Raises:
+        ConfigError: the key has a character that JSON escapes.
+    """
+    try:
+        document = msgspec.defstruct("Document", [("text", str)], rename={"text": key})
+    except ValueError:
+        raise ConfigError(f"a key with quotes, backslashes or control characters is not supported: {key!r}") from None
     decode = msgspec.json.Decoder(document).decode
     return lambda line: decode(line).text  # pyrefly: ignore[missing-attribute]
 

@@ -7,6 +7,8 @@ so that the next word is partly predictable (a first-order Markov chain). Only r
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -40,9 +42,9 @@ def lorem_document(seed: int, number: int) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _sentence(uniform, words: list[str], frequencies: np.ndarray, successors: np.ndarray) -> str:
+def _sentence(uniform: Iterator[float], words: list[str], frequencies: list[float], successors: list[list[int]]) -> str:
     """Four to fifteen words, the first one capital, some followed by a comma."""
-    word = int(np.searchsorted(frequencies, next(uniform)))
+    word = bisect_left(frequencies, next(uniform))
     chosen = []
     length = 4 + int(next(uniform) * 12)
     for place in range(length):
@@ -51,14 +53,14 @@ def _sentence(uniform, words: list[str], frequencies: np.ndarray, successors: np
         draw = next(uniform)
         if draw < FOLLOW:
             # The square makes the first successors the likeliest.
-            word = int(successors[word, int((draw / FOLLOW) ** 2 * SUCCESSORS)])
+            word = successors[word][int((draw / FOLLOW) ** 2 * SUCCESSORS)]
         else:
-            word = int(np.searchsorted(frequencies, (draw - FOLLOW) / (1 - FOLLOW)))
+            word = bisect_left(frequencies, (draw - FOLLOW) / (1 - FOLLOW))
     return " ".join(chosen).capitalize() + "."
 
 
 @cache
-def _language() -> tuple[list[str], np.ndarray, np.ndarray]:
+def _language() -> tuple[list[str], list[float], list[list[int]]]:
     """Words, their cumulative frequencies (WORDS,) and favourite successors (WORDS, SUCCESSORS)."""
     uniform = iter(_uniforms(0, 2**64 - 1, 1 << 15))
 
@@ -75,7 +77,7 @@ def _language() -> tuple[list[str], np.ndarray, np.ndarray]:
     frequencies[-1] = 1.0
     draws = np.array([next(uniform) for _ in range(WORDS * SUCCESSORS)])
     successors = np.searchsorted(frequencies, draws).reshape(WORDS, SUCCESSORS)
-    return list(words), frequencies, successors
+    return list(words), frequencies.tolist(), successors.tolist()
 
 
 def _uniforms(seed: int, stream: int, count: int) -> list[float]:

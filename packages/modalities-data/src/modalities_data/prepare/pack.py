@@ -39,6 +39,7 @@ class PackReport:
 
     manifest: Manifest
     bytes_read: int
+    tokens_written: int
     seconds: float
     workers: int
     shards_reused: int
@@ -79,7 +80,7 @@ def pack(
         ResourceError: the disk is full, or a worker was killed.
     """
     _check_arguments(workers, on_error, range_bytes)
-    source, output = Path(source), Path(output)
+    source, output = Path(source), Path(os.path.abspath(output))
     _check_replaceable(output, overwrite)
     ranges = byte_ranges(source, range_bytes)
     # The engine is settled here, on the first documents, so that all workers use the same.
@@ -98,8 +99,9 @@ def pack(
         if not manifest.tokens:
             raise DataError(f"{source} has no documents to write: {_spelled(manifest.accounting)}")
         _commit(partial, output, manifest, tokenizer, overwrite)
-    done = sum(lines.end - lines.start for lines in left.values())
-    return PackReport(manifest, done, monotonic() - started, count, reused)
+    bytes_read = sum(lines.end - lines.start for lines in left.values())
+    tokens_written = sum(shard.tokens for number in left if (shard := results[number].shard) is not None)
+    return PackReport(manifest, bytes_read, tokens_written, monotonic() - started, count, reused)
 
 
 def _pack_ranges(

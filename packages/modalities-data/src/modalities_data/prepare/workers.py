@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -39,18 +40,23 @@ def pack_in_processes(job: Job, ranges: dict[int, ByteRange], workers: int, repo
     read, written, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, read, written, stop))
     reported = (0, 0)
+    waiting = iter(ranges.items())
+    pending: dict[Future[RangeResult], int] = {}
+    results: dict[int, RangeResult] = {}
     try:
-        with _environment(ONE_THREAD):
-            futures = {pool.submit(_pack_range, number, lines): number for number, lines in ranges.items()}
-        pending: set[Future[RangeResult]] = set(futures)
-        while pending:
-            finished, pending = wait(pending, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+        while True:
+            # A few at a time: waiting on all the ranges of a large corpus would cost more with each of them.
+            with _inherited(ONE_THREAD):
+                for number, lines in islice(waiting, 2 * workers - len(pending)):
+                    pending[pool.submit(_pack_range, number, lines)] = number
+            if not pending:
+                return results
+            finished, _ = wait(pending, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
             now = (read.value, written.value)
             report(now[0] - reported[0], now[1] - reported[1])
             reported = now
-            for future in sorted(finished, key=futures.__getitem__):
-                future.result()
-        return {number: future.result() for future, number in futures.items()}
+            for future in sorted(finished, key=pending.__getitem__):
+                results[pending.pop(future)] = future.result()
     except BrokenProcessPool as error:
         raise ResourceError(
             "a packing worker was killed, as happens when memory runs out",
@@ -87,13 +93,17 @@ def _pack_range(number: int, lines: ByteRange) -> RangeResult:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set ``variables`` while processes start, which inherit them."""
+def _inherited(variables: dict[str, str]) -> Iterator[None]:
+    """Set ``variables`` and hold Ctrl-C back while processes start, which inherit both."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    has_mask = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if has_mask else set()
     try:
         yield
     finally:
+        if has_mask:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

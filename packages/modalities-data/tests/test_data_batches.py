@@ -1,0 +1,181 @@
+"""Batches: the union over ranks is the same samples in the same order, however the step is split."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Batches, HeldOut, Samples
+from modalities_data.order import shuffled
+
+torch = pytest.importorskip("torch")
+
+from modalities_data.loading.batches import HeldOutBatches, ShuffledBatches  # noqa: E402
+
+
+@dataclass
+class Place:
+    """As much of a World as batches look at."""
+
+    data_rank: int = 0
+    data_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Counting:
+    """Sample i holds i * 10 to i * 10 + T; weights say which sample and target they belong to."""
+
+    largest_id = 10**6
+    bytes_per_token = 2.0
+
+    def __init__(self, samples: int, sequence_length: int = 4, weighted: bool = False, fingerprint: str = "x") -> None:
+        self.samples, self.sequence_length, self.weighted = samples, sequence_length, weighted
+        self.fingerprint = fingerprint
+        self.threads: list[str] = []
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def gather(self, indices: np.ndarray) -> Samples:
+        self.threads.append(threading.current_thread().name)
+        tokens = (indices[:, None] * 10 + np.arange(self.sequence_length + 1)).astype(np.uint16)
+        weights = (indices[:, None] + np.arange(self.sequence_length) / 8).astype(np.float32)
+        return Samples(tokens, weights if self.weighted else None)
+
+
+def step_of_all_ranks(dataset, ranks, samples_per_step, micro, step, seed=0):
+    """All inputs of a step in rank and micro batch order, and how many micro batches a rank has."""
+    found = []
+    for rank in range(ranks):
+        batches = ShuffledBatches(dataset, Place(rank, ranks), samples_per_step, micro, seed)
+        found.append(batches.micro_batches(step))
+    assert {len(part) for part in found} == {samples_per_step // micro // ranks}
+    assert all(batch.tokens_BT.shape == (micro, dataset.sequence_length) for part in found for batch in part)
+    return torch.cat([batch.tokens_BT for part in found for batch in part])
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 57])
+def test_the_samples_of_a_step_depend_on_nothing_but_seed_and_step(step) -> None:
+    dataset = Counting(37)
+    positions = np.arange(step * 24, step * 24 + 24)
+    expected = torch.from_numpy(shuffled(positions, 37, 5)[:, None] * 10 + np.arange(4))
+    for ranks, micro in [(1, 24), (1, 1), (2, 12), (2, 3), (3, 4), (4, 6), (4, 2), (8, 3), (24, 1)]:
+        assert torch.equal(step_of_all_ranks(dataset, ranks, 24, micro, step, seed=5), expected)
+
+
+def test_an_epoch_takes_every_sample_once_and_the_next_in_another_order() -> None:
+    batches = ShuffledBatches(Counting(40), Place(), 8, 4, seed=1)
+    samples = [(batch.tokens_BT[:, 0] // 10).tolist() for step in range(10) for batch in batches.micro_batches(step)]
+    order = [sample for part in samples for sample in part]
+    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
+    assert order[:40] != order[40:] and order[:40] != sorted(order[:40])
+
+
+def test_any_step_can_be_asked_for_at_any_time() -> None:
+    """Resuming is arithmetic: a fresh object gives what the uninterrupted one gave."""
+    straight = ShuffledBatches(Counting(100), Place(1, 2), 8, 2)
+    run = {step: torch.cat([b.tokens_BT for b in straight.micro_batches(step)]) for step in range(30)}
+    for step in (17, 18, 3, 3, 29, 0, 1):
+        assert torch.equal(torch.cat([b.tokens_BT for b in straight.micro_batches(step)]), run[step])
+        fresh = ShuffledBatches(Counting(100), Place(1, 2), 8, 4)
+        assert torch.equal(torch.cat([b.tokens_BT for b in fresh.micro_batches(step)]), run[step])
+
+
+def test_batches_are_contiguous_int64_and_targets_follow_inputs() -> None:
+    for batch in ShuffledBatches(Counting(20), Place(), 6, 3).micro_batches(0):
+        assert batch.tokens_BT.dtype == batch.targets_BT.dtype == torch.int64
+        assert batch.tokens_BT.is_contiguous() and batch.targets_BT.is_contiguous()
+        assert torch.equal(batch.targets_BT, batch.tokens_BT + 1)
+        assert batch.weights_BT is None
+
+
+def test_weights_go_with_their_samples() -> None:
+    for batch in ShuffledBatches(Counting(20, weighted=True), Place(), 6, 3).micro_batches(2):
+        assert batch.weights_BT.dtype == torch.float32
+        assert torch.equal(batch.weights_BT, batch.tokens_BT // 10 + torch.arange(4) / 8)
+
+
+def test_the_next_step_is_read_on_a_thread_and_its_errors_come_with_it() -> None:
+    dataset = Counting(50)
+    batches = ShuffledBatches(dataset, Place(), 2, 2)
+    batches.micro_batches(0)
+    batches.micro_batches(1)
+    assert dataset.threads[0] == threading.current_thread().name
+    assert all(name.startswith("batches") for name in dataset.threads[1:])
+
+    def fail(indices):
+        raise RuntimeError("disk gone")
+
+    batches.micro_batches(2)
+    batches._reader.submit(lambda: None).result()
+    dataset.gather = fail
+    batches.micro_batches(3)
+    with pytest.raises(RuntimeError, match="disk gone"):
+        batches.micro_batches(4)
+
+
+def test_the_fingerprint_is_of_data_and_order_not_of_the_split() -> None:
+    def of(fingerprint="x", seed=0, length=4, ranks=1, step=8, micro=2):
+        return ShuffledBatches(Counting(50, length, fingerprint=fingerprint), Place(0, ranks), step, micro, seed)
+
+    assert isinstance(of(), Batches)
+    assert of().fingerprint == of(ranks=2).fingerprint == of(micro=4).fingerprint
+    assert len({of().fingerprint, of("y").fingerprint, of(seed=1).fingerprint, of(length=5).fingerprint}) == 4
+    assert (of().samples_per_step, of().sequence_length, of().largest_id) == (8, 4, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ({"samples_per_step": 10}, "samples_per_step"),
+        ({"samples_per_step": 0}, "samples_per_step"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_what_does_not_divide_is_refused(arguments, argument) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ShuffledBatches(Counting(50), Place(0, 2), **{"samples_per_step": 8, "micro_batch_size": 4, **arguments})
+    assert caught.value.about[1] == argument
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    samples=st.integers(1, 50), ranks=st.integers(1, 6), micro=st.integers(1, 7), most=st.none() | st.integers(1, 60)
+)
+def test_held_out_counts_every_sample_once_with_equal_shapes_on_every_rank(samples, ranks, micro, most) -> None:
+    dataset = Counting(samples)
+    expected = min(samples, most or samples)
+    seen, counts = [], set()
+    for rank in range(ranks):
+        held_out = HeldOutBatches(dataset, Place(rank, ranks), micro, most)
+        batches = list(held_out)
+        counts.add(len(batches))
+        assert len(batches) == len(held_out)
+        assert len({batch.weights_BT is None for batch in batches}) == 1
+        for batch in batches:
+            assert batch.tokens_BT.shape == batch.targets_BT.shape == (micro, 4)
+            for row in range(micro):
+                weights = {1.0} if batch.weights_BT is None else set(batch.weights_BT[row].tolist())
+                assert len(weights) == 1 and weights <= {0.0, 1.0}
+                if weights == {1.0}:
+                    seen.append(int(batch.tokens_BT[row, 0]) // 10)
+        assert [batch.tokens_BT.tolist() for batch in held_out] == [batch.tokens_BT.tolist() for batch in batches]
+    assert sorted(seen) == list(range(expected))
+    assert counts == {-(-expected // (ranks * micro))}
+
+
+def test_held_out_keeps_the_weights_of_the_data() -> None:
+    batches = list(HeldOutBatches(Counting(5, weighted=True), Place(), 4))
+    assert torch.equal(batches[0].weights_BT, batches[0].tokens_BT // 10 + torch.arange(4) / 8)
+    assert batches[1].weights_BT[0].tolist() == [4.0, 4.125, 4.25, 4.375]
+    assert not batches[1].weights_BT[1:].any()
+    assert isinstance(HeldOutBatches(Counting(5), Place(), 4), HeldOut)
+    with pytest.raises(ConfigError, match="max_samples"):
+        HeldOutBatches(Counting(5), Place(), 4, 0)
