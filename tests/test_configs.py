@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -78,24 +79,23 @@ def _short(config: Path) -> list[str]:
     return [f"trainer.schedule.{name}=1" for name in ("warmup_steps", "decay_steps") if name in schedule]
 
 
-def keys_of(text: str) -> list[tuple[int, str]]:
-    """Line numbers and names of all keys that stand alone before a colon."""
-    import re
-
+def keys_of(text: str) -> list[tuple[int, int, str]]:
+    """Line, column and name of all keys."""
     found = []
     for number, line in enumerate(text.splitlines()):
         if not line.lstrip().startswith("#"):
-            found += [(number, match.group(1)) for match in re.finditer(r"(?:^[\s-]*|[{,]\s*)(\w+):(?=\s|$)", line)]
+            matches = re.finditer(r"(?:^[\s-]*|[{,]\s*)(\w+):(?=\s|$)", line)
+            found += [(number, match.start(1), match.group(1)) for match in matches]
     return found
 
 
-ALL_KEYS = [(config, number, key) for config in CONFIGS for number, key in keys_of(config.read_text())]
+ALL_KEYS = [(config, *place) for config in CONFIGS for place in keys_of(config.read_text())]
 
 
 @settings(max_examples=60, deadline=None)
 @given(place=st.sampled_from(ALL_KEYS), seed=st.integers(0, 10**6))
 def test_any_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(
-    place: tuple[Path, int, str], seed: int
+    place: tuple[Path, int, int, str], seed: int
 ) -> None:
     refused_with_suggestion(*place, seed)
 
@@ -103,15 +103,15 @@ def test_any_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_each_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(config: Path) -> None:
-    for number, key in keys_of(config.read_text()):
+    for place in keys_of(config.read_text()):
         for seed in range(3):
-            refused_with_suggestion(config, number, key, seed)
+            refused_with_suggestion(config, *place, seed)
 
 
-def refused_with_suggestion(config: Path, number: int, key: str, seed: int) -> None:
+def refused_with_suggestion(config: Path, number: int, column: int, key: str, seed: int) -> None:
     lines = config.read_text().splitlines()
-    wrong = misspelt(key, random.Random(seed), taken={name for _, name in keys_of(config.read_text())})
-    lines[number] = lines[number].replace(f"{key}:", f"{wrong}:", 1)
+    wrong = misspelt(key, random.Random(seed), taken={place[-1] for place in keys_of(config.read_text())})
+    lines[number] = lines[number][:column] + wrong + lines[number][column + len(key) :]
     document = parse("\n".join(lines) + "\n", config.name, config.parent)
     graph = Graph(document, registry(), run_roots())
     with pytest.raises(ConfigError) as caught:
