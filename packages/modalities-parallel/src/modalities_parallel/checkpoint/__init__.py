@@ -1,0 +1,1 @@
+"""The sharded checkpoint format: torch.distributed.checkpoint without its blind spots."""

@@ -1,0 +1,9 @@
+"""The components of this package, as strings so that listing them imports nothing."""
+
+from __future__ import annotations
+
+COMPONENTS: dict[str, str] = {
+    "checkpoint_format.sharded": "modalities_parallel.checkpoint.sharded:Sharded",
+    "parallel.fsdp2": "modalities_parallel.fsdp:fsdp2",
+    "world.auto": "modalities_parallel.world:auto",
+}

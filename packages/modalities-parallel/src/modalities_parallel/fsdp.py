@@ -1,0 +1,111 @@
+"""Fully sharded data parallelism with FSDP2, and the same model unsharded in one process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from modalities_core.config.deferred import Deferred
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Model, World
+from modalities_parallel.materialize import fill, materialize, meta_buffers
+from modalities_parallel.mesh import sharding_mesh
+from modalities_parallel.plan import matching
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def fsdp2(
+    model: Deferred[Model],
+    world: World,
+    param_dtype: Literal["fp32", "bf16"] = "bf16",
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32",
+    reshard_after_forward: bool = True,
+) -> Model:
+    """Build a model, share it out over the ranks of ``world``, and give it its initial values.
+
+    The model is built on the meta device, so no rank ever holds all of it. Each block of its parallel plan is one
+    unit; what is left (embedding, final norm, head) is one more, which stays whole between forward and backward so
+    that the head can be called after the forward, as often as the loss likes. Gradients are *sums* over the
+    data-parallel ranks. In one process nothing is sharded, and bf16 means ``torch.autocast`` around the forward and
+    the head. The weights that the optimizer sees are float32 in every case.
+
+    Method: ZeRO stage 3 (arXiv:1910.02054) as PyTorch FSDP (arXiv:2304.11277), per-parameter sharding.
+
+    Args:
+        model: the model to build and shard.
+        world: the ranks to share it between, from world.auto.
+        param_dtype: dtype of weights and activations in forward and backward; stored weights stay float32.
+        reduce_dtype: dtype in which gradients are summed over ranks.
+        reshard_after_forward: free a block's gathered weights between forward and backward; false trades memory for
+            one gather less.
+
+    Raises:
+        ConfigError: the plan names modules that the model does not have, initial values do not fit its parameters,
+            or ``world`` has several ranks without a device mesh.
+    """
+    if isinstance(model, nn.Module):
+        raise ConfigError(
+            "parallel.fsdp2 was given a model that is already built",
+            hint="give it a function without arguments that builds the model",
+            about=(fsdp2, "model"),
+        )
+    with torch.device("meta"):
+        built = cast(nn.Module, model())
+    without_values = meta_buffers(built)
+    mesh: DeviceMesh | None = getattr(world, "mesh", None)
+    if mesh is None and world.size > 1:
+        raise ConfigError(
+            f"{type(world).__name__} has {world.size} ranks but no device mesh to shard over",
+            hint="use the component world.auto",
+            about=(fsdp2, "world"),
+        )
+    if mesh is not None:
+        _shard(built, sharding_mesh(mesh), DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward)
+    materialize(built, world.device)
+    fill(built, cast(Model, built).initial_values(), without_values)
+    if mesh is None and param_dtype != "fp32":
+        _autocast(built, world.device, DTYPES[param_dtype])
+        _autocast(cast(Model, built).head, world.device, DTYPES[param_dtype])
+    return cast(Model, built)
+
+
+def _shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Make each block and the rest a unit of FSDP2, in place."""
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    blocks = matching(model, cast(Model, model).parallel_plan().blocks, component=fsdp2)
+    for block in reversed(blocks.values()):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The head is called after the root's forward, and a tied head reads the embedding: both have to stay whole.
+    root_policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, output_dtype=param_dtype)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a sum that is divided once by the global token count, so gradients must not be averaged.
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no scaled sum, and NCCL can skip scaling.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the forward of ``module`` under autocast; floating-point output comes in ``dtype``, as from FSDP2."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def cast_forward(*arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast(device.type, dtype=dtype):
+            output = forward(*arguments, **keywords)
+        return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    module.forward = cast_forward
