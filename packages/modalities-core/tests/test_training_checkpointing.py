@@ -117,17 +117,22 @@ class Crashes:
         return call
 
 
-def saves(tmp_path, name):
-    folder = tmp_path / name
+def saved_twice(tmp_path, name):
+    """A copy of a folder with steps 10 and 20, and a writer that goes on from there."""
+    folder, original = tmp_path / name, tmp_path / "original"
+    if not original.exists():
+        writer = Writer(original)
+        for step in (10, 20):
+            writer.save(step)
+    shutil.copytree(original, folder)
     writer = Writer(folder, keep=2)
-    for step in (10, 20):
-        writer.save(step)
+    writer.parent = 20
     return writer, folder
 
 
 @pytest.mark.parametrize("dead", [True, False])
 def test_a_crash_at_every_call_of_a_save_leaves_a_valid_checkpoint(tmp_path, dead):
-    writer, folder = saves(tmp_path, "count")
+    writer, folder = saved_twice(tmp_path, "count")
     with pytest.MonkeyPatch.context() as patch:
         count = Crashes(patch, 10**9, dead)
         writer.save(30)
@@ -135,7 +140,7 @@ def test_a_crash_at_every_call_of_a_save_leaves_a_valid_checkpoint(tmp_path, dea
     assert steps(folder) == [30, 20]
     seen = set()
     for survive in range(count.calls):
-        writer, folder = saves(tmp_path, f"{survive}")
+        writer, folder = saved_twice(tmp_path, f"{survive}")
         with pytest.MonkeyPatch.context() as patch:
             crash = Crashes(patch, survive, dead)
             with contextlib.suppress(Crashes.Dead, ResourceError):

@@ -137,7 +137,7 @@ def test_not_finite_on_another_rank_stops_this_one_before_the_update(tmp_path):
     model = TinyModel()
     before = [value.detach().clone() for value in model.parameters()]
     loop, sink = trainer(model, world=world)
-    with pytest.raises(NumericalError, match=r"step 1 .* 1 of 2 ranks; its samples are 0 to 7"):
+    with pytest.raises(NumericalError, match=r"step 1 .* 1 of 2 ranks; the samples are 0 to 7"):
         loop.run(tmp_path)
     assert all(torch.equal(now, old) for now, old in zip(model.parameters(), before, strict=True))
     assert sink.of(RunEnded)[0].state == "failed"

@@ -21,7 +21,7 @@ class StepTotals:
     loss: sum over tokens in nats, as the tokens are weighted.
     tokens: sum of the weights.
     gradient_norm: 2-norm of the gradient of the mean loss, before clipping.
-    bad_ranks: ranks whose loss or gradient is not finite.
+    bad_ranks: ranks whose own loss is not finite; a bad gradient reaches all ranks and shows in the norm.
     stop: ``preempted``, ``interrupted`` or empty.
     """
 
@@ -40,14 +40,15 @@ class StepTotals:
 def reduce_step(world: World, sums: LossSum, parameters: Iterable[Tensor], signals: StopSignals) -> StepTotals:
     """Everything a step has to agree on, in one reduction and one copy to the host; collective."""
     squared_norm = world.squared_norm(parameters)
-    bad = ~(torch.isfinite(sums.loss) & torch.isfinite(squared_norm))
+    bad = ~torch.isfinite(sums.loss)
     flags = torch.tensor(signals.flags(), device=world.device)
     measures = torch.stack([value.detach().to(world.device) for value in (sums.loss, sums.tokens, squared_norm, bad)])
     # Apple's GPUs have no float64; everywhere else it keeps token counts exact.
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     totals = world.sum(torch.cat([measures.to(dtype), flags.to(dtype)])).tolist()
     loss, tokens, squared, bad_ranks, *flags = totals
-    norm = math.sqrt(squared) / tokens if tokens and squared >= 0 else 0.0 if tokens == 0 else math.nan
+    # A step in which no target counts has no mean loss and no gradient.
+    norm = (math.sqrt(squared) if squared >= 0 else math.nan) / (tokens or 1.0)
     return StepTotals(loss, tokens, norm, round(bad_ranks), stop_state(flags))
 
 
@@ -65,8 +66,9 @@ def check_finite(totals: StepTotals, step: int, samples: range, ranks: int) -> N
     """
     if totals.bad_ranks or not math.isfinite(totals.loss) or not math.isfinite(totals.gradient_norm):
         raise NumericalError(
-            f"step {step} has a loss sum of {totals.loss} and a gradient norm of {totals.gradient_norm}, not finite on "
-            f"{totals.bad_ranks} of {ranks} ranks; its samples are {samples.start} to {samples.stop - 1} of the run",
+            f"step {step} has a loss of {totals.mean_loss} and a gradient norm of {totals.gradient_norm}; the loss is "
+            f"not finite on {totals.bad_ranks} of {ranks} ranks; the samples are {samples.start} to "
+            f"{samples.stop - 1} of the run",
             hint="the weights were not changed by it; look at these samples, lower the learning rate or clip_norm, "
             "or compute in fp32, then run again to continue from the last checkpoint",
         )
