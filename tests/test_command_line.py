@@ -40,7 +40,7 @@ MISTAKES = {
     "typo in a key": ("vocab_size: 4096", "vocab_sise: 4096", 2, r"model\.vocab_sise: .*mean `vocab_size`.*:7\)"),
     "wrong type": ("lr: 1e-3", "lr: fast", 2, r"trainer\.optimizer\.lr: must be a valid number.*:14\)"),
     "unknown component": ("optimizer.adamw", "optimizer.adam_w", 2, r"did you mean `optimizer\.adamw`.*:14\)"),
-    "dangling reference": ('path: "${settings.data}', 'path: "${settings.date}', 2, r"nowhere.*`settings\.data`.*:18\)"),
+    "dangling reference": ('path: "${settings.data}', 'path: "${settings.date}', 2, r"nowhere.*`settings\.data`.*:18"),
     "circular reference": ("steps: 4}", "steps: ${trainer.steps}}", 2, r"round in a circle.*trainer\.steps"),
     "missing data file": ("data: DATA", "data: DATA/nowhere", 3, r"trainer\.batches\.dataset.*:18\).*nowhere"),
     "small vocabulary": ("vocab_size: 4096", "vocab_size: 300", 2, r"model\.vocab_size \(.*:7\): .*300"),

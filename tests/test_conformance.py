@@ -1,0 +1,122 @@
+"""Every registered component is what its kind promises: one configuration per name, built and held to its Protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modalities_core import interfaces
+from modalities_core.config.document import parse
+from modalities_core.config.graph import Graph
+from modalities_core.registry import registry
+
+WORLD = "{component: world.alone, device: cpu}"
+NANO = "{component: model.decoder, preset: nano, sequence_length: 32, vocab_size: 300}"
+LOREM = "{component: dataset.lorem_ipsum, sequence_length: 32, samples: 8}"
+BATCHES = f"{{component: batches.shuffled, dataset: {LOREM}, world: {WORLD}, samples_per_step: 4, micro_batch_size: 2}}"
+HELD_OUT = f"{{component: batches.held_out, dataset: {LOREM}, world: {WORLD}, micro_batch_size: 3}}"
+LOSS = "{component: loss.cross_entropy}"
+EXECUTOR = f"{{component: executor.plain, model: {NANO}, loss: {LOSS}, world: {WORLD}}}"
+FORMAT = "{component: checkpoint_format.sharded}"
+EVALUATION = f"{{component: evaluation.held_out, name: h, batches: {HELD_OUT}, every: 2}}"
+OPTIMIZER = f"{{component: optimizer.adamw, model: {NANO}, lr: 1e-3}}"
+
+# What to build for each name, and which Protocol it has to satisfy; None where the kind has none of its own.
+EXAMPLES: dict[str, tuple[str, type | None]] = {
+    "world.alone": (WORLD, interfaces.World),
+    "world.auto": ("{component: world.auto}", interfaces.World),
+    "model.decoder": (NANO, interfaces.Model),
+    "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),
+    "loss.cross_entropy": (LOSS, interfaces.Loss),
+    "executor.plain": (EXECUTOR, interfaces.Executor),
+    "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
+    "dataset.lorem_ipsum": (LOREM, interfaces.Dataset),
+    "dataset.packed": ("{component: dataset.packed, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
+    "batches.shuffled": (BATCHES, interfaces.Batches),
+    "batches.held_out": (HELD_OUT, interfaces.HeldOut),
+    "tokenizer.bytes": ("{component: tokenizer.bytes}", interfaces.Tokenizer),
+    "tokenizer.huggingface": (
+        "{component: tokenizer.huggingface, path: DATA/tokenizer.json}",
+        interfaces.Tokenizer,
+    ),
+    "schedule.constant": ("{component: schedule.constant}", interfaces.Schedule),
+    "schedule.linear": ("{component: schedule.linear, warmup_steps: 2, steps: 10}", interfaces.Schedule),
+    "schedule.warmup_cosine": (
+        "{component: schedule.warmup_cosine, warmup_steps: 2, steps: 10}",
+        interfaces.Schedule,
+    ),
+    "schedule.wsd": (
+        "{component: schedule.wsd, warmup_steps: 2, decay_steps: 2, steps: 10}",
+        interfaces.Schedule,
+    ),
+    "schedule.step": ("{component: schedule.step, every: 3, gamma: 0.5}", interfaces.Schedule),
+    "schedule.one_cycle": ("{component: schedule.one_cycle, steps: 10}", interfaces.Schedule),
+    "checkpoint_format.sharded": (FORMAT, interfaces.CheckpointFormat),
+    "checkpoints.keep": (f"{{component: checkpoints.keep, format: {FORMAT}, every: 2}}", None),
+    "evaluation.held_out": (EVALUATION, None),
+    "initialization.plain": ("{component: initialization.plain}", None),
+    "initialization.scaled": ("{component: initialization.scaled}", None),
+    "initialization.llama": ("{component: initialization.llama}", None),
+    "sink.console": ("{component: sink.console}", interfaces.Sink),
+    "sink.jsonl": ("{component: sink.jsonl}", interfaces.Sink),
+    "trainer.default": (
+        f"{{component: trainer.default, world: {WORLD}, executor: {EXECUTOR}, optimizer: {OPTIMIZER}, "
+        f"schedule: {{component: schedule.constant}}, batches: {BATCHES}, steps: 2}}",
+        None,
+    ),
+}
+
+
+def build(text: str, data: Path) -> Any:
+    document = parse(f"version: 1\nthing: {text}\n".replace("DATA", str(data)), "c.yaml", data)
+    graph = Graph(document, registry(), {"thing": object})
+    graph.check()
+    return graph.build("thing")
+
+
+def test_every_registered_name_has_an_example() -> None:
+    ours = {entry.name for entry in registry() if entry.distribution.startswith("modalities-")}
+    assert {name for name in ours if "inverse_square_root" not in name} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_conforms(name: str, small_data: Path) -> None:
+    text, protocol = EXAMPLES[name]
+    built = build(text, small_data)
+    if protocol is not None:
+        assert isinstance(built, protocol)
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("schedule.")])
+def test_schedules_are_pure_and_within_bounds(name: str, small_data: Path) -> None:
+    schedule = build(EXAMPLES[name][0], small_data)
+    factors = [schedule(step) for step in range(10)]
+    assert factors == [schedule(step) for step in range(10)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert max(factors) > 0.4
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("dataset.")])
+def test_datasets_give_what_they_announce(name: str, small_data: Path) -> None:
+    import numpy as np
+
+    dataset = build(EXAMPLES[name][0], small_data)
+    samples = dataset.gather(np.array([0, len(dataset) - 1, 0]))
+    assert samples.tokens.shape == (3, dataset.sequence_length + 1)
+    assert samples.tokens.max() <= dataset.largest_id
+    assert (samples.tokens[0] == samples.tokens[2]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("tokenizer.")])
+@pytest.mark.parametrize("text", ["", "def f(x):\n    return x\n", "naïve 🙂 \x00 text"])
+def test_tokenizers_give_back_the_text(name: str, text: str, small_data: Path) -> None:
+    tokenizer = build(EXAMPLES[name][0], small_data)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    flat, offsets = tokenizer.encode_flat([text, "", text])
+    assert flat.tolist() == [*ids, *ids]
+    assert offsets.tolist() == [0, len(ids), len(ids), 2 * len(ids)]
+    assert max([*ids, tokenizer.end_of_document]) < tokenizer.vocab_size
