@@ -66,20 +66,24 @@ class Architecture:
             require_positive(name, getattr(self, name))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}", about=(None, name)
+                )
         if self.heads % self.key_value_heads:
             raise ConfigError(
                 f"key_value_heads {self.key_value_heads} does not divide heads {self.heads} "
                 f"(remainder {self.heads % self.key_value_heads}); each serves equally many query heads",
                 hint=f"divisors of {self.heads}: {', '.join(map(str, divisors(self.heads)))}",
+                about=(None, "key_value_heads"),
             )
         if self.positions == "rope" and self.head_size % 2:
             raise ConfigError(
                 f"rotary positions turn pairs of elements, so head_size must be even, not {self.head_size}",
                 hint="head_size defaults to hidden_size / heads",
+                about=(None, "head_size"),
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout}")
+            raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout}", about=(None, "dropout"))
 
     @property
     def matmul_parameters(self) -> int:
@@ -121,7 +125,7 @@ _CHOICES = {
 def require_positive(name: str, value: float) -> None:
     """Raise ConfigError unless ``value`` is above zero."""
     if not value > 0:
-        raise ConfigError(f"{name} must be positive, not {value}")
+        raise ConfigError(f"{name} must be positive, not {value}", about=(None, name))
 
 
 def divisors(number: int) -> list[int]:
@@ -143,6 +147,7 @@ def derived_head_size(hidden_size: int, heads: int) -> int:
         raise ConfigError(
             f"heads {heads} does not divide hidden_size {hidden_size} (remainder {hidden_size % heads})",
             hint=f"take hidden_size {' or '.join(map(str, sizes))}, or set head_size yourself",
+            about=(None, "heads"),
         )
     return hidden_size // heads
 

@@ -134,5 +134,5 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 def _positive(name: str, value: float) -> float:
     if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be positive and finite, not {value}")
+        raise ConfigError(f"{name} must be positive and finite, not {value}", about=(None, name))
     return value

@@ -139,4 +139,6 @@ def find(preset: str) -> Mapping[str, Any]:
         return PRESETS[preset]
     near = difflib.get_close_matches(preset.lower(), PRESETS, n=3, cutoff=0.4)
     suggestion = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"unknown preset {preset!r}", hint=f"{suggestion}presets: {', '.join(PRESETS)}")
+    raise ConfigError(
+        f"unknown preset {preset!r}", hint=f"{suggestion}presets: {', '.join(PRESETS)}", about=(None, "preset")
+    )
