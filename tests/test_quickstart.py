@@ -25,7 +25,7 @@ def test_it_trains_and_writes_python(first) -> None:
     held_out = [record["loss"] for record in records if record["event"] == "evaluated"]
     assert held_out[0] - held_out[-1] >= 3.0
     for loss in (held_out[0], held_out[-1]):
-        assert f"{loss:.3f}" in done.stdout, "the held-out loss is printed before and after"
+        assert f"{loss:.4f}" in done.stdout, "the held-out loss is printed before and after"
     text = done.stdout[done.stdout.index("3/3") :]
     assert re.search(r"^ {4}\S", text, re.MULTILINE), "indented lines"
     assert "def " in text

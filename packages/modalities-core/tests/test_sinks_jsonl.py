@@ -56,7 +56,7 @@ def test_every_event_is_a_line(tmp_path):
 
 
 def test_no_file_before_the_run_starts_and_earlier_events_follow_it(tmp_path):
-    sink = JsonLines(Path("logs/m.jsonl"))
+    sink = JsonLines("logs/m.jsonl")
     sink.consume(Warned("early"))
     assert list(tmp_path.iterdir()) == []
     sink.consume(started(tmp_path))

@@ -246,11 +246,16 @@ class Executor(Protocol):
     model: Model
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
-        """Add the gradient of the *summed* loss to the parameters; return this rank's sums, detached, on the device."""
+        """Add the gradient of the *summed* loss to the parameters.
+
+        Returns:
+            This rank's share of the sums, detached, on the device: added up over all ranks they are the whole, also
+            where several ranks see the same data.
+        """
         ...
 
     def evaluate(self, batch: Batch) -> LossSum:
-        """This rank's sums without gradients, in evaluation mode."""
+        """This rank's share of the sums, without gradients, in evaluation mode."""
         ...
 
 
@@ -268,7 +273,7 @@ class CheckpointFormat(Protocol):
     """How tensors lie in a checkpoint's folder. When and which is the business of the policy, not of the format."""
 
     def save(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
-        """Write every rank's part into the existing ``folder``; collective."""
+        """Write every rank's part into the existing ``folder``, in files of any depth, fsynced; collective."""
         ...
 
     def load(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer | None) -> None:

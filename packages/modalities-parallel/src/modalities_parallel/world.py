@@ -6,7 +6,7 @@ import gc
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -146,7 +146,7 @@ class Distributed:
         dist.destroy_process_group()
 
     @contextmanager
-    def _naming(self, what: str) -> Iterator[None]:
+    def _naming(self, what: str) -> Generator[None, None, None]:
         """Turn what the backend raises into a sentence."""
         try:
             yield

@@ -26,11 +26,11 @@ class JsonLines:
     first step of the new process, and evaluations from it on, which are repeated where they are due.
 
     Args:
-        path: of the file, relative to the run's folder.
+        file_name: of the file, relative to the run's folder.
     """
 
-    def __init__(self, path: Path = Path("metrics.jsonl")) -> None:
-        self.path = path
+    def __init__(self, file_name: str = "metrics.jsonl") -> None:
+        self.file_name = file_name
         self._stream: TextIO | None = None
         self._waiting: list[str] = []
 
@@ -56,7 +56,7 @@ class JsonLines:
     def _open(self, event: RunStarted) -> None:
         if self._stream is not None:
             self._stream.close()
-        path = event.folder / self.path
+        path = event.folder / self.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             supersede(path, event.first_step)

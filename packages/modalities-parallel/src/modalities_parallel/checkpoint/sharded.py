@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -109,7 +109,7 @@ def _read(folder: Path, content: Metadata, tensors: dict[str, Tensor], refusal: 
 
 
 @contextmanager
-def _one_failure() -> Iterator[None]:
+def _one_failure() -> Generator[None, None, None]:
     """From what torch gathered from all ranks to the one error that says most."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

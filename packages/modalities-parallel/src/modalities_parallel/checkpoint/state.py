@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -81,7 +81,7 @@ def take_numbers(names: dict[Tensor, str], optimizer: Optimizer, tensors: dict[s
 
 
 @contextmanager
-def state_for(names: dict[Tensor, str], optimizer: Optimizer, saved: Iterable[str]) -> Iterator[None]:
+def state_for(names: dict[Tensor, str], optimizer: Optimizer, saved: Iterable[str]) -> Generator[None, None, None]:
     """Make the optimizer remember exactly those parameters that a checkpoint has state for; undone on failure.
 
     Args:
