@@ -147,7 +147,7 @@ def load(folder, out, steps=2, before=0, evaluate=False, **options):
 
 def load_refused(folder, tie="none"):
     """The refusal as every rank sees it; then a reduction, to show that no rank is left behind."""
-    world = auto(timeout_seconds=20)
+    world = auto(timeout_seconds=60)
     training = Training(world, tie)
     try:
         Sharded().load(Path(folder), training.model, training.optimizer)
@@ -162,7 +162,7 @@ def load_refused(folder, tie="none"):
 
 
 def save_refused(folder):
-    world = auto(timeout_seconds=20)
+    world = auto(timeout_seconds=60)
     training = Training(world)
     try:
         Sharded().save(Path(folder), training.model, training.optimizer)
@@ -199,7 +199,7 @@ def late(seconds):
     """Rank 1 does not come to the barrier."""
     world = auto(timeout_seconds=seconds)
     if world.rank == 1:
-        time.sleep(3 * seconds)
+        time.sleep(seconds + 5)
     else:
         world.barrier()
 
