@@ -211,7 +211,10 @@ def on_progress(done, total, tokens):
     if done >= total * float(sys.argv[4]):
         children = [child.pid for child in active_children()]
         print(*children, flush=True)
-        os.kill(children[0] if sys.argv[5] == "worker" else os.getpid(), signal.SIGKILL)
+        victims = children if sys.argv[5] == "worker" else [os.getpid()]
+        # A killed worker's last report may still come when no worker is left.
+        for victim in victims[:1]:
+            os.kill(victim, signal.SIGKILL)
 
 if __name__ == "__main__":
     try:

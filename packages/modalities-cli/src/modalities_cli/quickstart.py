@@ -38,7 +38,8 @@ def quickstart(folder: Path, steps: int | None, fresh: bool) -> None:
     _write(folder)
     click.echo(f"\nYours now: the document {folder / 'config.yaml'}, the measures {folder / 'metrics.jsonl'}, and")
     click.echo(f'  modalities generate {folder} --prompt "def "')
-    click.echo(f"  modalities run {folder / 'config.resolved.yaml'} --folder {folder} settings.steps={progress.step * 2}")
+    again = f"{folder / 'config.resolved.yaml'} --folder {folder}"
+    click.echo(f"  modalities run {again} settings.steps={progress.step * 2}   # to train on")
 
 
 def prepare(folder: Path) -> None:

@@ -51,6 +51,22 @@ def scalar(text: str) -> Any:
     return text
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text in quotes where our dialect would read something else, such as ``1e5``."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if isinstance(scalar(text), str) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def dump(tree: Any) -> str:
+    """Plain values as YAML that :func:`parse` reads back as the same values."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 @dataclass(slots=True)
 class Document:
     """A configuration as plain values, and where each of them stands.
@@ -92,7 +108,7 @@ class Document:
     def dump(self) -> str:
         """The document with ``extends`` and overrides applied, references kept, runnable from any folder."""
         tree = {key: value for key, value in self.tree.items() if key != "extends"}
-        return yaml.safe_dump({**tree, "relative_to": str(self.folder)}, sort_keys=False, allow_unicode=True, width=100)
+        return dump({**tree, "relative_to": str(self.folder)})
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> Document:

@@ -73,10 +73,10 @@ class _ChunkedAttention(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @once_differentiable  # hides the parameter names from type checkers
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, Tensor]:  # pyrefly: ignore[bad-override]
         scaled, key, value, *kept = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
+        gradient = grad_outputs[0].contiguous()
         query_gradient = torch.empty_like(scaled)
         # Summed over chunks in float32, so that more chunks do not mean more rounding.
         key_gradient = torch.zeros_like(key, dtype=torch.promote_types(key.dtype, torch.float32))
