@@ -69,6 +69,7 @@ def test_a_small_library(tmp_path, monkeypatch) -> None:
     root = tmp_path / "lib"
     for name, content in {
         "b.py": b"b", "a/z.py": b"z", "a/copy.py": b"b", "a/latin.py": b"\xe9", "a/empty.py": b"", "a/data.txt": b"no",
+        "encodings/cp1.py": b"t",
         "site-packages/x.py": b"x", "dist-packages/x.py": b"x", "a/__pycache__/x.py": b"x", "a.py": "é\r\n".encode(),
     }.items():  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def test_a_small_library(tmp_path, monkeypatch) -> None:
         ("a/copy.py", "b"),
         ("a/z.py", "z"),
     ]
-    assert report == (3, 6, {"duplicate": 1, "empty": 1, "not_utf8": 1})
+    assert report == (3, 6, {"duplicate": 1, "empty": 1, "not_utf8": 1, "table": 1})
     monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
     with pytest.raises(DataError, match="no text to write"):
         write_standard_library(tmp_path / "none.jsonl")

@@ -18,6 +18,8 @@ from modalities_data.lorem import lorem_document
 from modalities_data.order import check_seed
 
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+# Generated tables: so regular that a small model would learn little else.
+TABLE_FOLDERS = ("encodings/",)
 
 
 class CorpusReport(NamedTuple):
@@ -32,7 +34,7 @@ def write_standard_library(output: Path) -> CorpusReport:
     """Write the Python sources of the running interpreter's standard library as JSON Lines, about 30 MB.
 
     One object per file, ``{"text": ..., "source": path in the library}``, sorted by path. Files that are empty, not
-    UTF-8 or equal to an earlier one are left out and counted.
+    UTF-8, equal to an earlier one or tables of character sets are left out and counted.
 
     Raises:
         DataError: this interpreter has no sources.
@@ -68,6 +70,8 @@ def _standard_library(root: Path, skipped: Counter[str]) -> Iterator[tuple[str, 
             continue
         if not text:
             skipped["empty"] += 1
+        elif name.startswith(TABLE_FOLDERS):
+            skipped["table"] += 1
         elif identity in seen:
             skipped["duplicate"] += 1
         else:
