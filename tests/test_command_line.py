@@ -45,7 +45,7 @@ MISTAKES = {
     "missing data file": ("data: DATA", "data: DATA/nowhere", 3, r"trainer\.batches\.dataset.*:18\).*nowhere"),
     "small vocabulary": ("vocab_size: 4096", "vocab_size: 300", 2, r"model\.vocab_size \(.*:7\): .*300"),
     "long sequences": ("  sequence_length: 32", "  sequence_length: 16", 2, r"model\.sequence_length \(.*:8\): .*16"),
-    "impossible heads": ("preset: nano", "preset: nano\n  heads: 7", 2, r"model\.heads \(.*:7\): heads 7 does not divide"),
+    "impossible heads": ("preset: nano", "preset: nano\n  heads: 7", 2, r"model\.heads \(.*:7\): heads 7"),
     "batch that cannot be split": ("micro_batch_size: 2", "micro_batch_size: 3", 2, r"trainer\.batches.*3 x 1 = 3"),
     "unknown preset": ("preset: nano", "preset: nana", 2, r"model.*nano"),
     "negative learning rate": ("lr: 1e-3", "lr: -1.0", 2, r"trainer\.optimizer"),

@@ -30,7 +30,7 @@ BF16_PEAKS: tuple[tuple[str, float], ...] = (
 )
 """Part of the device's name and its peak; the first that occurs in the name counts, so longer ones stand first."""
 
-MATMUL_SIZE = 768
+MATMUL_SIZE = 1536
 MATMUL_SECONDS = 0.2
 
 
