@@ -1,0 +1,74 @@
+"""``pack``: text to tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from modalities_data.commands.group import PATH, as_json_option, data, end_option, key_option, overwrite_option
+from modalities_data.terminal import amount, packing_progress, say, summarize
+
+if TYPE_CHECKING:
+    from modalities_data.prepare.pack import PackReport
+
+
+@data.command()
+@click.argument("source", metavar="INPUT", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--tokenizer", required=True, metavar="PATH|bytes", help="A tokenizer.json, or bytes.")
+@end_option
+@click.option("--engine", type=click.Choice(["auto", "fastokens", "tokenizers"]), default="auto", show_default=True,
+              help="What computes the ids; auto takes the fastest that is exact.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), help="Processes; one per available core by default.")
+@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="What to do with a line that is no document.")  # fmt: skip
+@click.option("--range-bytes", type=click.IntRange(1), default=64 << 20, show_default=True,
+              help="Input bytes per shard, at least.")  # fmt: skip
+@key_option
+@overwrite_option
+@as_json_option
+def pack(
+    source: Path, output: Path, tokenizer: str, end_of_document: str, engine: str, workers: int | None,
+    on_error: Literal["fail", "skip"], range_bytes: int, key: str, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Tokenize INPUT, a JSONL file, into the packed folder OUTPUT.
+
+    Run it again if it was interrupted: finished shards are kept.
+
+    \b
+    Example: modalities-data pack train.jsonl train --tokenizer tokenizer.json
+    """
+    from modalities_data.prepare.pack import pack as pack_file
+    from modalities_data.tokenizers.opening import named_tokenizer
+
+    chosen = named_tokenizer(tokenizer, end_of_document, engine)
+    with packing_progress() as progress:
+        report = pack_file(
+            source, output, chosen, workers=workers, on_error=on_error, overwrite=overwrite, key=key,
+            range_bytes=range_bytes, on_progress=progress,
+        )  # fmt: skip
+    _tell_packed(output, report, as_json)
+
+
+def _tell_packed(output: Path, report: PackReport, as_json: bool) -> None:
+    made, counts = report.manifest, report.manifest.accounting
+    skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
+    failed = f", {counts.failed} failed (see {output}/*.rejected.jsonl)" if counts.failed else ""
+    reused = f", {report.shards_reused} shards from an earlier run" if report.shards_reused else ""
+    say(
+        f"{output}: {counts.written} of {counts.documents} documents, {amount(made.tokens, 'tokens')}{skipped}{failed}"
+        f"; {report.seconds:.1f} s, {amount(report.bytes_read / report.seconds, 'B/s')}, "
+        f"{amount(report.tokens_written / report.seconds, 'tokens/s')}, {made.tokenizer.engine}, "
+        f"workers: {report.workers}{reused}",
+        as_json,
+    )
+    summary = {
+        "output": str(output), "tokens": made.tokens, "text_bytes": made.text_bytes, "shards": len(made.shards),
+        "documents": counts.documents, "written": counts.written, "skipped": counts.skipped, "failed": counts.failed,
+        "engine": made.tokenizer.engine, "workers": report.workers, "seconds": round(report.seconds, 3),
+        "bytes_read": report.bytes_read, "tokens_written": report.tokens_written,
+        "shards_reused": report.shards_reused, "fingerprint": made.fingerprint,
+    }  # fmt: skip
+    summarize(summary, as_json)
