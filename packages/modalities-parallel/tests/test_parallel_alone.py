@@ -9,9 +9,10 @@ from parallel_small_model import SmallModel, batch, weighted_loss
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import CheckpointFormat, Model, World
 from modalities_parallel.checkpoint.sharded import Sharded
+from modalities_parallel.distributed import Distributed
 from modalities_parallel.fsdp import fsdp2
 from modalities_parallel.materialize import fill
-from modalities_parallel.world import Distributed, auto
+from modalities_parallel.world import auto
 
 
 @pytest.fixture

@@ -98,9 +98,9 @@ class Decoder(nn.Module):
         device = torch.get_default_device()
         # Always built without storage, so that nothing is filled twice and no value can live outside a parameter.
         with torch.device("meta"):
-            self.embedding = nn.Embedding(a.vocab_size, a.hidden_size)
+            self.embedding = _embedding(a.vocab_size, a.hidden_size)
             absolute = a.positions == "absolute"
-            self.positions = nn.Embedding(a.sequence_length, a.hidden_size) if absolute else None
+            self.positions = _embedding(a.sequence_length, a.hidden_size) if absolute else None
             self.blocks = nn.ModuleList([Block(a) for _ in range(a.layers)])
             self.norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
             self.head: nn.Module = (
@@ -172,6 +172,11 @@ class Decoder(nn.Module):
     def _initialise(self) -> None:
         for name, values in self.initial_values():
             self.get_parameter(name).copy_(values)
+
+
+def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
+    # torch's own initialisation on the meta device would load its compiler, which takes a second.
+    return nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
 
 
 def _role(model: Decoder, name: str) -> Role:

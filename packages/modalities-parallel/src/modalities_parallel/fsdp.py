@@ -7,14 +7,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from modalities_core.config.deferred import Deferred
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model, World
 from modalities_parallel.materialize import fill, materialize, meta_buffers
-from modalities_parallel.mesh import sharding_mesh
 from modalities_parallel.plan import matching
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,44 +55,27 @@ def fsdp2(
     with torch.device("meta"):
         built = cast(nn.Module, model())
     without_values = meta_buffers(built)
-    mesh: DeviceMesh | None = getattr(world, "mesh", None)
+    mesh = getattr(world, "mesh", None)
     if mesh is None and world.size > 1:
         raise ConfigError(
             f"{type(world).__name__} has {world.size} ranks but no device mesh to shard over",
             hint="use the component world.auto",
             about=(fsdp2, "world"),
         )
+    # Also where nothing is sharded: a wrong plan should not wait for the cluster to be found.
+    blocks = matching(built, cast(Model, built).parallel_plan().blocks, component=fsdp2)
     if mesh is not None:
-        _shard(built, sharding_mesh(mesh), DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward)
+        from modalities_parallel.sharding import shard
+
+        shard(built, list(blocks.values()), mesh, DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward)
+    if world.device.type == "meta":
+        return cast(Model, built)
     materialize(built, world.device)
     fill(built, cast(Model, built).initial_values(), without_values)
     if mesh is None and param_dtype != "fp32":
         _autocast(built, world.device, DTYPES[param_dtype])
         _autocast(cast(Model, built).head, world.device, DTYPES[param_dtype])
     return cast(Model, built)
-
-
-def _shard(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-    reshard_after_forward: bool,
-) -> None:
-    """Make each block and the rest a unit of FSDP2, in place."""
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    blocks = matching(model, cast(Model, model).parallel_plan().blocks, component=fsdp2)
-    for block in reversed(blocks.values()):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # The head is called after the root's forward, and a tied head reads the embedding: both have to stay whole.
-    root_policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, output_dtype=param_dtype)
-    fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is a sum that is divided once by the global token count, so gradients must not be averaged.
-            module.set_gradient_divide_factor(1.0)
-            # gloo has no scaled sum, and NCCL can skip scaling.
-            module.set_force_sum_reduction_for_comms(True)
 
 
 def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

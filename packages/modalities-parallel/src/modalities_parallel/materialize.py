@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modalities_core.errors import ConfigError
 
@@ -57,9 +57,8 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]], without_values:
             raise ConfigError(
                 f"{kind}.initial_values gives {name!r} the shape {tuple(value.shape)}, but it has {tuple(target.shape)}"
             )
-        if isinstance(target, DTensor):
-            part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-            target.to_local().copy_(part.to_local())
+        if hasattr(target, "placements"):
+            _fill_sharded(target, value)
         else:
             target.copy_(value)
         unfilled.pop(id(target), None)
@@ -68,6 +67,14 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]], without_values:
             f"{kind}.initial_values gives no value for {', '.join(unfilled.values())}",
             hint="it has to yield every parameter, and every buffer that cannot be computed on the meta device",
         )
+
+
+def _fill_sharded(target: Any, value: Tensor) -> None:
+    """Copy this rank's slice of ``value`` into a DTensor."""
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.to_local().copy_(part.to_local())
 
 
 def meta_buffers(model: nn.Module) -> list[str]:

@@ -1,29 +1,12 @@
-"""The processes of a run that torchrun started."""
+"""The processes of a run: this one alone, or those that torchrun started."""
 
 from __future__ import annotations
 
-import gc
-import json
-import math
-import re
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Literal
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
-
-from modalities_core.errors import ConfigError, DistributedError
-from modalities_core.interfaces import Model, World
-from modalities_parallel.environment import Launch, launch
-from modalities_parallel.mesh import REPLICATE, SHARD, Degrees, degrees, device_mesh
-
-OTHER_RANK = "another rank has failed or hangs: look for the first error in the logs of the other ranks"
+from modalities_core.interfaces import World
+from modalities_parallel.environment import launch
+from modalities_parallel.mesh import degrees
 
 
 def auto(dp_replicate: int = 1, dp_shard: int | Literal["auto"] = "auto", timeout_seconds: float = 600.0) -> World:
@@ -44,172 +27,8 @@ def auto(dp_replicate: int = 1, dp_shard: int | Literal["auto"] = "auto", timeou
 
         degrees(1, dp_replicate, dp_shard, component=auto)
         return Alone()  # pyrefly: ignore[bad-return]  # it takes an attribute of type torch.device for a descriptor
+    # Loaded only in a launch: DTensor takes half a second, which checking a configuration should not wait for.
+    from modalities_parallel.distributed import Distributed
+
     along = degrees(place.size, dp_replicate, dp_shard, component=auto)
     return Distributed(place, along, timeout_seconds)  # pyrefly: ignore[bad-return]
-
-
-class Distributed:
-    """A ``World`` of several processes: NCCL between GPUs, gloo between CPUs.
-
-    ``mesh`` has the axes of ``Degrees``; data-parallel ranks are numbered along both.
-
-    Args:
-        place: this process in its launch.
-        degrees: ranks along each axis of the mesh.
-        timeout_seconds: how long ranks wait for each other.
-    """
-
-    def __init__(self, place: Launch, degrees: Degrees, timeout_seconds: float = 600.0) -> None:
-        if not timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds is {timeout_seconds}, but ranks have to wait for each other")
-        self.rank = place.rank
-        self.size = place.size
-        self.device = _device(place)
-        self._timeout = timedelta(seconds=timeout_seconds)
-        _join(place, self.device, self._timeout)
-        # Only gloo can name the ranks that miss a barrier.
-        self._control: dist.ProcessGroup | None = None
-        if self.device.type == "cuda":
-            self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._timeout))
-        self.mesh: DeviceMesh = device_mesh(self.device.type, degrees)
-        self.data_size = degrees.dp_replicate * degrees.dp_shard
-        self.data_rank = self.mesh.get_local_rank(REPLICATE) * degrees.dp_shard + self.mesh.get_local_rank(SHARD)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over all ranks, in place; ``values`` of any shape, on the device or the CPU."""
-        with self._naming("a sum"):
-            dist.all_reduce(values)
-        return values
-
-    def squared_norm(self, parameters: Iterable[Tensor]) -> Tensor:
-        """This rank's share of the squared 2-norm of the gradients, a float32 scalar on the device.
-
-        Copies of a gradient share its square between them, so that the sum over all ranks is the whole. Nothing is
-        sent and the host does not wait.
-        """
-        copies: dict[int, list[Tensor]] = {}
-        for gradient in (p.grad for p in parameters if p.grad is not None):
-            if isinstance(gradient, DTensor):
-                copies.setdefault(_replicas(gradient), []).append(gradient.to_local())
-            else:
-                copies.setdefault(self.size, []).append(gradient)
-        share = torch.zeros((), dtype=torch.float32, device=self.device)
-        for count, gradients in copies.items():
-            share += get_total_norm(gradients).to(share).square() / count
-        return share
-
-    def check(self, model: Model) -> None:
-        """Raise ConfigError if gradients of ``model`` would not be reduced over the ranks."""
-        if self.size == 1:
-            return
-        module = cast(nn.Module, model)
-        local = [name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)]
-        if local:
-            more = f" and {len(local) - 3} more" if len(local) > 3 else ""
-            raise ConfigError(
-                f"{self.size} ranks would each train their own copy of {', '.join(local[:3])}{more}: nothing "
-                f"reduces their gradients",
-                hint="wrap the model in the component parallel.fsdp2",
-                about=model,
-            )
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value``, a JSON value, on every rank; the others' values are ignored."""
-        content = torch.empty(0, dtype=torch.uint8)
-        if self.rank == 0:
-            content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([content.numel()])
-        with self._naming("a broadcast"):
-            dist.broadcast(length, 0, group=self._control)
-            if self.rank != 0:
-                content = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0, group=self._control)
-        return json.loads(bytes(content.tolist()))
-
-    def barrier(self) -> None:
-        """Wait for all ranks.
-
-        Raises:
-            DistributedError: some ranks do not come in time; on rank 0 the message names them.
-        """
-        try:
-            dist.monitored_barrier(self._control, timeout=self._timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise DistributedError(_missing(str(error), self.rank, self._timeout), hint=OTHER_RANK) from error
-
-    def close(self) -> None:
-        """Leave the process group; sharded models and optimizers have to be dropped before. May be called twice."""
-        if not dist.is_initialized():
-            return
-        # Sharded tensors in reference cycles keep communication threads alive, which abort an exiting interpreter.
-        gc.collect()
-        dist.destroy_process_group()
-
-    @contextmanager
-    def _naming(self, what: str) -> Generator[None, None, None]:
-        """Turn what the backend raises into a sentence."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise DistributedError(
-                f"rank {self.rank} of {self.size} lost the others during {what}: {_first_line(error)}", hint=OTHER_RANK
-            ) from error
-
-
-def _device(place: Launch) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if place.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {place.local_rank} has no GPU: this node shows {torch.cuda.device_count()}",
-            hint=f"start at most {torch.cuda.device_count()} processes on it (torchrun --nproc-per-node)",
-        )
-    device = torch.device("cuda", place.local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _join(place: Launch, device: torch.device, timeout: timedelta) -> None:
-    """Enter the process group, or say in one sentence why not."""
-    if dist.is_initialized():
-        raise ConfigError("this process is already in a process group", hint="build one world per process")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        text = str(error)
-        where = f"{place.address}:{place.port}"
-        if "EADDRINUSE" in text or "address already in use" in text.lower():
-            raise DistributedError(
-                f"port {place.port} on {place.address} is in use, so the ranks cannot meet there",
-                hint="another run uses it: set another MASTER_PORT, or let torchrun choose one with --standalone",
-            ) from error
-        raise DistributedError(
-            f"rank {place.rank} waited {timeout.total_seconds():g} s for all {place.size} ranks to meet at {where}: "
-            f"{_first_line(error)}",
-            hint="are all ranks started? In a shell that kept variables of an earlier launch: "
-            "unset RANK WORLD_SIZE LOCAL_RANK",
-        ) from error
-
-
-def _replicas(gradient: DTensor) -> int:
-    """How many ranks hold the same values."""
-    assert not any(placement.is_partial() for placement in gradient.placements), "a gradient was not reduced"
-    return math.prod(
-        gradient.device_mesh.size(axis)
-        for axis, placement in enumerate(gradient.placements)
-        if placement.is_replicate()
-    )
-
-
-def _missing(text: str, rank: int, timeout: timedelta) -> str:
-    seconds = f"{timeout.total_seconds():g} s"
-    if match := re.search(r"Ranks? ([\d, ]+) failed to pass", text):
-        names = match[1].strip(" ,")
-        return f"rank{'s' if ',' in names else ''} {names} did not reach a barrier within {seconds}"
-    return f"rank {rank} waited {seconds} at a barrier that not all ranks reached: {text.strip().splitlines()[0]}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -54,7 +54,16 @@ def adamw(
     decayed = [value for name, value in parameters.items() if not matches(name, no_decay)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=can_fuse(list(parameters.values())))
+    return _AdamW(groups, lr=lr, betas=betas, eps=eps, fused=can_fuse(list(parameters.values())))
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that can be built without loading torch's compiler, which takes most of a second.
+
+    ``add_param_group`` is wrapped in torch so that a compiler in use leaves it alone; building does not need that.
+    """
+
+    add_param_group = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.AdamW.add_param_group)
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

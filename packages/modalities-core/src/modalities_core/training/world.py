@@ -17,6 +17,7 @@ class Alone:
 
     Args:
         device: where the model lives, such as ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU if there is one.
+            Inside ``torch.device("meta")`` it is the meta device, so that a run can be checked without memory.
 
     Raises:
         ConfigError: the device is unknown or not available on this machine.
@@ -55,6 +56,8 @@ class Alone:
 
 
 def _device(name: str | None, about: object) -> torch.device:
+    if torch.get_default_device().type == "meta":
+        return torch.device("meta")
     if name is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:

@@ -1,34 +1,19 @@
-"""A checkpoint in which every rank writes its own part and any number of ranks can read."""
+"""A checkpoint in which every rank writes its own part and any number of ranks can read.
+
+Light to import: torch.distributed.checkpoint and DTensor are loaded with the first checkpoint, so that checking a
+configuration does not wait for them.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
 
-from modalities_core.errors import CheckpointError, ModalitiesError
-from modalities_core.files import sync_folder
 from modalities_core.interfaces import Model
-from modalities_parallel.checkpoint import metadata
-from modalities_parallel.checkpoint.differences import refuse_differences
-from modalities_parallel.checkpoint.metadata import Layout
-from modalities_parallel.checkpoint.state import (
-    MODEL,
-    model_tensors,
-    optimizer_tensors,
-    parameter_names,
-    state_for,
-    take_numbers,
-)
-from modalities_parallel.checkpoint.storage import Reader, TensorPlanner, Writer
+
+Layout = dict[str, tuple[tuple[int, ...], str]]
+"""Name of a tensor to its global shape and dtype."""
 
 
 class Sharded:
@@ -46,16 +31,9 @@ class Sharded:
             ResourceError: the disk is full, or the system refuses to write; on all ranks.
             CheckpointError: ``folder`` holds a checkpoint already, or the state is not made of tensors.
         """
-        module = cast(nn.Module, model)
-        if (folder / metadata.FILE_NAME).exists():
-            raise CheckpointError(
-                f"{folder} holds a checkpoint already", hint="checkpoints are never overwritten; save into a new folder"
-            )
-        names = parameter_names(module)
-        tensors = model_tensors(module) | optimizer_tensors(names, optimizer)
-        with _one_failure():
-            dcp.save(tensors, storage_writer=Writer(folder), no_dist=not dist.is_initialized())
-        sync_folder(folder)
+        from modalities_parallel.checkpoint import transfer
+
+        transfer.save(folder, model, optimizer)
 
     def load(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer | None) -> None:
         """Read into ``model`` and, unless None, ``optimizer``, fresh or not, under any number of ranks; collective.
@@ -65,22 +43,9 @@ class Sharded:
         Raises:
             CheckpointError: tensors are missing, extra, of another shape or dtype, or files are damaged.
         """
-        module = cast(nn.Module, model)
-        names = parameter_names(module)
-        try:
-            content = metadata.read(folder)
-            saved = metadata.layout(content)
-        except CheckpointError as error:
-            _read(folder, Metadata({}, storage_data={}), {}, error)
-            raise
-        if optimizer is None:
-            saved = {name: kind for name, kind in saved.items() if name.startswith(MODEL)}
-            _read_checked(folder, content, saved, model_tensors(module))
-            return
-        with state_for(names, optimizer, saved):
-            tensors = model_tensors(module) | optimizer_tensors(names, optimizer)
-            _read_checked(folder, content, saved, tensors)
-            take_numbers(names, optimizer, tensors)
+        from modalities_parallel.checkpoint import transfer
+
+        transfer.load(folder, model, optimizer)
 
     def tensors(self, folder: Path) -> Layout:
         """Name, global shape and dtype of every tensor in the checkpoint, from its metadata alone.
@@ -88,38 +53,6 @@ class Sharded:
         Raises:
             CheckpointError: the metadata is missing or damaged.
         """
+        from modalities_parallel.checkpoint import metadata
+
         return metadata.layout(metadata.read(folder))
-
-
-def _read_checked(folder: Path, content: Metadata, saved: Layout, tensors: dict[str, Tensor]) -> None:
-    wanted = {name: (tuple(value.shape), metadata.dtype_name(value.dtype)) for name, value in tensors.items()}
-    refusal: CheckpointError | None = None
-    try:
-        refuse_differences(saved, wanted, folder)
-    except CheckpointError as error:
-        refusal = error
-    _read(folder, content, tensors, refusal)
-
-
-def _read(folder: Path, content: Metadata, tensors: dict[str, Tensor], refusal: CheckpointError | None) -> None:
-    """Read into ``tensors`` in place; a rank that refuses makes all ranks refuse, so that none waits for it."""
-    planner, reader = TensorPlanner(refusal), Reader(folder, content)
-    with _one_failure():
-        dcp.load(dict(tensors), storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
-
-
-@contextmanager
-def _one_failure() -> Generator[None, None, None]:
-    """From what torch gathered from all ranks to the one error that says most."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            yield
-        except dcp.CheckpointException as error:
-            failures = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
-            known = [failure for failure in failures.values() if isinstance(failure, ModalitiesError)]
-            if known:
-                raise known[0] from error
-            rank, failure = next(iter(failures.items()))
-            reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-            raise CheckpointError(f"rank {rank} failed: {type(failure).__name__}: {reason}") from failure
