@@ -20,11 +20,31 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The input a shard was made from: bytes ``start`` to ``end`` of ``file``."""
+    """The input a shard was made from: ``start`` to ``end`` of ``file``.
+
+    start, end: bytes, or row groups of a Parquet file.
+    last_file: where several files went into the shard, the last of them, in which ``end`` lies; the ones between were
+        read whole and stand between the two in the manifest's ``inputs``.
+    """
 
     file: str
     start: Count
     end: Count
+    last_file: str = ""
+
+
+class Input(msgspec.Struct, frozen=True):
+    """A file that was read.
+
+    file: its path or address.
+    bytes: its size.
+    checksum: xxh3-64 of the bytes read, or of the checksums of its parts, one after the other as text, where it was
+        read in more than one.
+    """
+
+    file: str
+    bytes: Count
+    checksum: str
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -103,6 +123,7 @@ class Manifest(msgspec.Struct, frozen=True):
     shards: list[Shard]
     producer: str
     options: dict[str, Any]
+    inputs: list[Input] = []
     format: str = FORMAT
     version: int = VERSION
 

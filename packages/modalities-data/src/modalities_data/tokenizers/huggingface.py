@@ -107,6 +107,10 @@ class HuggingFaceTokenizer:
             )
         return self._tokenizers().tokenizer.decode(values, skip_special_tokens=True)
 
+    def reference(self) -> Engine:
+        """The ``tokenizers`` library on the same file, which defines what the right ids are."""
+        return self._tokenizers()
+
     def save(self, folder: Path) -> None:
         """Write a copy of the file as ``folder/tokenizer.json``."""
         write_text(folder / FILE_NAME, self._content)
