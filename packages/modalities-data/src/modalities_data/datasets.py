@@ -50,7 +50,7 @@ class PackedDataset:
             )
         self.sequence_length = sequence_length
         self.largest_id = manifest.largest_id
-        self.bytes_per_token = manifest.text_bytes / manifest.tokens
+        self.bytes_per_token = manifest.text_bytes / manifest.tokens or None  # 0: converted, unknown
         self.fingerprint = _fingerprint("packed", manifest.fingerprint, sequence_length)
         self._ends = np.cumsum([shard.tokens for shard in manifest.shards], dtype=np.int64)
 

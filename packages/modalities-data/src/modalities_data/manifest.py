@@ -100,12 +100,16 @@ class Accounting(msgspec.Struct, frozen=True):
 
 
 class TokenizerRecord(msgspec.Struct, frozen=True):
-    """What made the ids."""
+    """What made the ids.
+
+    parity_digest: of the texts on which the engine's ids were compared with the reference's, and of the ids.
+    """
 
     fingerprint: str
     engine: str
     engine_version: str
     end_of_document_token: str = ""
+    parity_digest: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -221,7 +221,11 @@ def _manifest(job: Job, results: list[RangeResult], options: dict[str, Any]) -> 
         documents=sum(shard.documents for shard in shards),
         text_bytes=sum(shard.text_bytes for shard in shards),
         tokenizer=TokenizerRecord(
-            tokenizer.fingerprint, engine, engine_version, getattr(tokenizer, "end_of_document_token", "")
+            tokenizer.fingerprint,
+            engine,
+            engine_version,
+            getattr(tokenizer, "end_of_document_token", ""),
+            getattr(tokenizer, "parity_digest", ""),
         ),
         accounting=accounting,
         shards=shards,
@@ -241,11 +245,15 @@ def _commit(partial: Path, output: Path, manifest: Manifest, tokenizer: Tokenize
     if save is not None:
         save(partial)
     write_manifest(partial, manifest)
-    kept = {"manifest.json", "tokenizer.json"} | {f"{s.name}.{suffix}" for s in manifest.shards for suffix in SUFFIXES}
+    kept = {"manifest.json"} | {f"{s.name}.{suffix}" for s in manifest.shards for suffix in SUFFIXES}
     for entry in partial.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name not in kept and not entry.name.endswith(".rejected.jsonl"):
+        elif (
+            entry.name not in kept
+            and not entry.name.startswith("tokenizer.")
+            and not entry.name.endswith(".rejected.jsonl")
+        ):
             entry.unlink()
     sync_folder(partial)
     _check_replaceable(output, overwrite)

@@ -16,9 +16,9 @@ from modalities_core.errors import ConfigError, DataError
 from modalities_core.files import write_text
 from modalities_data.disk import user_errors
 from modalities_data.tokenizers import parity
-from modalities_data.tokenizers.engines import Engine, FastokensEngine, TokenizersEngine
+from modalities_data.tokenizers.engines import Engine, FastokensEngine, GigatokenEngine, TokenizersEngine
 
-EngineName = Literal["auto", "fastokens", "tokenizers"]
+EngineName = Literal["auto", "fastokens", "gigatoken", "tokenizers"]
 FILE_NAME = "tokenizer.json"
 
 log = logging.getLogger(__name__)
@@ -27,19 +27,22 @@ log = logging.getLogger(__name__)
 class HuggingFaceTokenizer:
     """A tokenizer.json file; special tokens inside a text are ordinary text, and nothing is cut off or padded.
 
-    ``engine`` and ``engine_version`` tell what computes the ids. Under ``auto`` that is fastokens, unless it does not
-    load the file or its ids differ from those of the ``tokenizers`` library on a built-in set of odd strings or on the
-    first documents given to ``encode_flat``; then it is ``tokenizers``, and one warning says why.
+    ``engine`` and ``engine_version`` tell what computes the ids. Under ``auto`` that is fastokens, else gigatoken where
+    that extra is installed, unless they do not load the file or their ids differ from those of the ``tokenizers``
+    library on a built-in set of odd strings or on the first documents given to ``encode_flat``; then it is
+    ``tokenizers``, and one warning says why. ``parity_digest`` is a hash of what was compared and of its ids; empty
+    where nothing was.
 
     Args:
         path: the tokenizer.json file, or a folder that holds one.
         end_of_document: the token written after every document; it has to be in the vocabulary.
-        engine: what computes the ids: auto, fastokens or tokenizers.
+        engine: what computes the ids: auto, fastokens, gigatoken or tokenizers.
     """
 
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    parity_digest: str = ""
 
     def __init__(self, path: Path, end_of_document: str = "<|endoftext|>", engine: EngineName = "auto") -> None:
         """Read the file and choose the engine.
@@ -70,7 +73,7 @@ class HuggingFaceTokenizer:
 
     @property
     def engine(self) -> str:
-        """What computes the ids: fastokens or tokenizers."""
+        """What computes the ids: fastokens, gigatoken or tokenizers."""
         return self._engine.name
 
     @property
@@ -126,38 +129,59 @@ class HuggingFaceTokenizer:
         self._unproven = False
         if engine == "tokenizers":
             self._engine: Engine = self._tokenizers()
-            return
-        fast, refusal = _fastokens(self._content)
-        if engine == "fastokens":
+        elif engine == "auto":
+            self._engine = self._fastest()
+            self._unproven = self._engine is not self._reference
+        else:
+            fast, refusal = _loaded(engine, self._content)
             if fast is None:
                 raise ConfigError(
-                    f"fastokens cannot load this tokenizer: {refusal}",
+                    f"{engine} cannot load this tokenizer: {refusal}",
                     hint="engine: auto falls back to tokenizers",
                     about=(self, "engine"),
                 )
             self._engine = fast
-        elif fast is None:
-            log.warning("tokenizing with tokenizers, many times slower: fastokens cannot load it (%s)", refusal)
-            self._engine = self._tokenizers()
-        else:
-            self._engine = self._proven(fast, list(parity.odd_strings(self._specials)), "of the built-in strings")
-            self._unproven = self._engine is fast
+
+    def _fastest(self) -> Engine:
+        """The first fast engine that loads the file and is exact on the odd strings, else the reference."""
+        odd = list(parity.odd_strings(self._specials))
+        refusals = []
+        for name in ("fastokens", "gigatoken"):
+            fast, refusal = _loaded(name, self._content)
+            if fast is None:
+                refusals.append((name, f"{name} cannot load it ({refusal})"))
+            elif difference := self._difference(fast, odd):
+                refusals.append((name, f"{name} is not exact on one of the built-in strings: {difference}"))
+            else:
+                return fast
+        # Most have no gigatoken: the line is about what they could expect.
+        told = [why for name, why in refusals if name == "fastokens" or "No module named" not in why]
+        log.warning("tokenizing with tokenizers, many times slower: %s", "; ".join(told))
+        return self._tokenizers()
 
     def _proven(self, engine: Engine, documents: list[str], origin: str) -> Engine:
         """``engine`` if its ids are right on ``documents``, else the reference and a warning."""
-        try:
-            difference = parity.first_difference(engine, self._tokenizers(), documents)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic inside the library is no Exception
-            difference = f"it failed ({error})"
+        difference = self._difference(engine, documents)
         if not difference:
             return engine
+        self.parity_digest = ""
         log.warning(
             "tokenizing with tokenizers, many times slower: %s is not exact on one %s: %s",
             engine.name, origin, difference,
         )  # fmt: skip
         return self._tokenizers()
+
+    def _difference(self, engine: Engine, documents: list[str]) -> str:
+        """What is wrong with the ids of ``documents``; empty where nothing is, which the digest then covers."""
+        try:
+            difference = parity.first_difference(engine, self._tokenizers(), documents)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic inside the library is no Exception
+            return f"it failed ({error})"
+        if not difference:
+            self.parity_digest = parity.digest(self.parity_digest, engine, self._tokenizers(), documents)
+        return difference
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the loaded libraries, for another process."""
@@ -168,7 +192,8 @@ class HuggingFaceTokenizer:
         """Load the engine the other process had settled on."""
         self.__dict__.update(state)
         self._reference = None
-        self._engine = FastokensEngine(self._content) if state["_engine"] == "fastokens" else self._tokenizers()
+        load = {"fastokens": FastokensEngine, "gigatoken": GigatokenEngine}.get(state["_engine"])
+        self._engine = self._tokenizers() if load is None else load(self._content)
 
 
 def _fingerprint(description: Any) -> str:
@@ -195,10 +220,10 @@ def _token_id(owner: object, vocabulary: dict[str, int], token: str, file: Path)
     )
 
 
-def _fastokens(content: str) -> tuple[FastokensEngine | None, str]:
-    """The fast engine, or None and why not."""
+def _loaded(name: str, content: str) -> tuple[Engine | None, str]:
+    """The fast engine of this name, or None and why not."""
     try:
-        return FastokensEngine(content), ""
+        return (FastokensEngine if name == "fastokens" else GigatokenEngine)(content), ""
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # not installed, file refused, or a panic inside the library

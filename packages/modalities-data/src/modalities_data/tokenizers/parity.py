@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import xxhash
 
 from modalities_data.tokenizers.engines import Engine
 
@@ -67,3 +68,18 @@ def leading_documents(documents: Sequence[str]) -> list[str]:
         chosen.append(document[:room])
         room -= len(document)
     return chosen
+
+
+def digest(before: str, engine: Engine, reference: Engine, documents: Sequence[str]) -> str:
+    """xxh3-64 of what was compared and of the ids, which were equal, chained to the digest of what was compared before.
+
+    Equal digests mean: the same versions gave the same ids for the same texts.
+    """
+    chained = xxhash.xxh3_64(f"{before} {engine.name} {engine.version} {reference.name} {reference.version}".encode())
+    for document in documents:
+        content = document.encode(errors="surrogatepass")
+        chained.update(f" {len(content)} ".encode() + content)
+    ids, offsets = reference.encode_flat(documents)
+    for values in (offsets.astype("<i8"), ids.astype("<u4")):
+        chained.update(values.data)
+    return chained.hexdigest()
