@@ -1,24 +1,29 @@
 """The order of samples: a pure function (seed, epoch, position) -> sample, in constant memory.
 
-A Feistel network over the next power of four is a bijection whatever its round function is (Luby and Rackoff, 1988);
-cycle walking (Black and Rogaway, 2002) restricts it to [0, samples). Nothing is stored and nothing iterates, so any
-rank finds any sample of any epoch at once, and a resumed run goes on by arithmetic alone.
+A Feistel network over a grid of about [0, samples) cells is a bijection whatever its round function is (Luby and
+Rackoff, 1988; with unequal sides and modular sums: Black and Rogaway, 2002); walking on from the few cells outside
+restricts it to [0, samples). Nothing is stored and nothing iterates, so any rank finds any sample of any epoch at once,
+and a resumed run goes on by arithmetic alone.
 """
 
 from __future__ import annotations
+
+from math import isqrt
 
 import numpy as np
 
 from modalities_core.errors import ConfigError
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Counts up whenever the same seed gives another order; part of every run's data fingerprint."""
 
 ROUNDS = 6
-SMALLEST_HALF_BITS = 3
-"""With fewer bits the network reaches too few permutations of a handful of samples."""
+"""Even, so that both halves end in their own places."""
+SMALLEST_SIDE = 8
+"""On a smaller grid the network reaches too few permutations of a handful of samples."""
 LARGEST_SAMPLES = 2**62
 
+_HALF = np.uint64(32)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -45,7 +50,13 @@ def shuffled(positions: np.ndarray, samples: int, seed: int) -> np.ndarray:
     Returns:
         (N,) int64, each in [0, samples); every epoch takes every sample exactly once.
     """
-    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), np.int64(samples))
+    positions = np.asarray(positions, dtype=np.int64)
+    if not len(positions):
+        return positions.copy()
+    low, high = int(positions.min()) // samples, int(positions.max()) // samples
+    if low == high:  # the usual case: one epoch, no division by element
+        return permuted(positions - low * samples, samples, seed, low)
+    epochs, places = np.divmod(positions, np.int64(samples))
     result = np.empty_like(places)
     for epoch in np.unique(epochs):
         of_epoch = epochs == epoch
@@ -66,33 +77,55 @@ def permuted(places: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndar
         (N,) int64.
     """
     assert 0 < samples <= LARGEST_SAMPLES
-    half = max(SMALLEST_HALF_BITS, ((samples - 1).bit_length() + 1) // 2)
+    if len(places) > samples:  # a handful of samples, asked for many times over
+        return permuted(np.arange(samples), samples, seed, epoch)[places]
+    sides = _sides(samples)
     keys = _round_keys(seed, epoch)
     values = np.asarray(places).astype(np.uint64)
     limit = np.uint64(samples)
-    outside = np.arange(len(values))
-    while len(outside):
-        walked = _feistel(values[outside], keys, half)
+    outside: np.ndarray | slice = slice(None)
+    while True:
+        walked = _feistel(values[outside], keys, sides)
         values[outside] = walked
-        outside = outside[walked >= limit]
-    return values.astype(np.int64)
+        beyond = np.flatnonzero(walked >= limit)
+        if not len(beyond):
+            return values.astype(np.int64)
+        outside = beyond if isinstance(outside, slice) else outside[beyond]
 
 
-def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
-    """One pass of the network over [0, 4**half_bits)."""
-    bits = np.uint64(half_bits)
-    mask = np.uint64((1 << half_bits) - 1)
-    left, right = values >> bits, values & mask
+def _sides(samples: int) -> tuple[int, int]:
+    """The sides of the grid: as square as can be, so that fewer than one row lies outside."""
+    left = max(SMALLEST_SIDE, isqrt(samples - 1) + 1)
+    return left, max(SMALLEST_SIDE, -(-samples // left))
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """One pass of the network over [0, sides[0] * sides[1]): the halves take turns in being moved by the other."""
+    size, other = np.uint64(sides[0]), np.uint64(sides[1])
+    moved = values // other
+    fixed = values - moved * other
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << bits) | right
+        shift = _mix(fixed + key)
+        # The upper 32 bits, scaled: an even choice from [0, size) without a division.
+        shift >>= _HALF
+        shift *= size
+        shift >>= _HALF
+        moved = moved + shift
+        # Below size nothing is taken off: the difference then wraps round to a huge number.
+        moved = np.minimum(moved, moved - size)
+        moved, fixed = fixed, moved
+        size, other = other, size
+    return moved * other + fixed
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014) on uint64, modulo 2**64."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))
+    values = values ^ (values >> np.uint64(30))
+    values *= _MIX_1
+    values ^= values >> np.uint64(27)
+    values *= _MIX_2
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
