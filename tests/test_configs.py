@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(ROOT.glob("config_files/*.yaml"))
 # What makes a configuration small enough for two steps on a CPU.
 SMALL = {
-    "quickstart": [],
+    "quickstart": ["model.vocab_size=4096"],
     "config_lorem_ipsum": [],
     "llama_1b_fsdp": [
         "model.model.preset=nano",
