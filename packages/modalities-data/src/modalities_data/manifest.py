@@ -38,8 +38,8 @@ class Input(msgspec.Struct, frozen=True):
 
     file: its path or address.
     bytes: its size.
-    checksum: xxh3-64 of the bytes read, or of the checksums of its parts, one after the other as text, where it was
-        read in more than one.
+    checksum: xxh3-64 of the bytes read; where they were read in several parts, the sum modulo 2**64 of each part's
+        xxh3-64 with the part's start as seed.
     """
 
     file: str
@@ -47,14 +47,23 @@ class Input(msgspec.Struct, frozen=True):
     checksum: str
 
 
+class Sidecar(msgspec.Struct, frozen=True):
+    """A file beside a shard: its size and the xxh3-64 of its content."""
+
+    bytes: Count
+    checksum: str
+
+
 class Shard(msgspec.Struct, frozen=True):
-    """One ``.bin`` and ``.idx`` pair.
+    """One ``.bin`` and ``.idx`` pair, and what lies beside it.
 
     name: of the files, without suffix.
     bytes, index_bytes: their sizes.
     text_bytes: UTF-8 bytes of the documents.
     checksum, index_checksum: xxh3-64 of each file.
     block_checksums: xxh3-64 of every 64 MiB of the ``.bin`` file.
+    mask: ``.mask``, one byte per token: 1 where it counts as a target, 0 where not; None where all count.
+    origins: ``.source``, one little-endian uint32 per document: the number of its source; None where unknown.
     """
 
     name: str
@@ -68,6 +77,18 @@ class Shard(msgspec.Struct, frozen=True):
     block_checksums: list[str]
     index_checksum: str
     source: Source | None = None
+    mask: Sidecar | None = None
+    origins: Sidecar | None = None
+
+    def files(self) -> dict[str, int]:
+        """Every file of the shard by name, with its size."""
+        sizes = {"bin": self.bytes, "idx": self.index_bytes}
+        sizes |= {suffix: sidecar.bytes for suffix, sidecar in self.sidecars().items()}
+        return {f"{self.name}.{suffix}": size for suffix, size in sizes.items()}
+
+    def sidecars(self) -> dict[str, Sidecar]:
+        """The sidecars there are, by their files' suffix."""
+        return {suffix: one for suffix, one in (("mask", self.mask), ("source", self.origins)) if one is not None}
 
 
 class Accounting(msgspec.Struct, frozen=True):
@@ -112,6 +133,13 @@ class TokenizerRecord(msgspec.Struct, frozen=True):
     parity_digest: str = ""
 
 
+class _Head(msgspec.Struct, frozen=True):
+    """What decides whether the rest can be read."""
+
+    format: Any = None
+    version: Any = None
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """Everything known about a packed folder; ``shards`` in the order of their tokens."""
 
@@ -137,6 +165,8 @@ class Manifest(msgspec.Struct, frozen=True):
         digest = xxhash.xxh3_64(f"{self.dtype} {self.vocab_size} {self.end_of_document}".encode())
         for shard in self.shards:
             digest.update(f"\n{shard.tokens} {shard.checksum} {shard.index_checksum}".encode())
+            if shard.mask is not None:
+                digest.update(f" {shard.mask.checksum}".encode())
         return digest.hexdigest()
 
 
@@ -158,12 +188,12 @@ def read_manifest(folder: Path) -> Manifest:
     with user_errors(path):
         content = path.read_bytes()
     try:
-        head = msgspec.json.decode(content, type=dict)
-        if head.get("format") != FORMAT or not isinstance(head.get("version"), int):
-            raise DataError(f"{path}: expected format {FORMAT!r}, found {head.get('format')!r}")
-        if head["version"] > VERSION:
+        head = msgspec.json.decode(content, type=_Head)
+        if head.format != FORMAT or not isinstance(head.version, int):
+            raise DataError(f"{path}: expected format {FORMAT!r}, found {head.format!r}")
+        if head.version > VERSION:
             raise DataError(
-                f"{path}: written as version {head['version']}, this program reads up to version {VERSION}",
+                f"{path}: written as version {head.version}, this program reads up to version {VERSION}",
                 hint="update modalities-data",
             )
         manifest = msgspec.json.decode(content, type=Manifest)

@@ -1,36 +1,43 @@
-"""JSONL to a packed folder, in several processes; a killed job goes on where it was, and the bytes never differ."""
+"""Text to a packed folder, in several processes; a killed job goes on where it was, and the bytes never differ."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
+import xxhash
 
 from modalities_core.errors import ConfigError, DataError
-from modalities_core.files import sync_folder, write_json
 from modalities_core.interfaces import Tokenizer
 from modalities_data import manifest as manifests
 from modalities_data.disk import user_errors
-from modalities_data.jsonl import ByteRange, blocks, byte_ranges
-from modalities_data.manifest import Accounting, Manifest, TokenizerRecord, write_manifest
+from modalities_data.inputs.files import FormatChoice, InputFile, Sources, find_inputs
+from modalities_data.inputs.reading import read
+from modalities_data.inputs.units import Unit, cut
+from modalities_data.manifest import Accounting, Input, Manifest, TokenizerRecord, write_manifest
 from modalities_data.megatron_index import token_dtype
-from modalities_data.prepare.shards import STATE_FOLDER, Job, OnError, RangeResult, committed, pack_range
+from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
+from modalities_data.prepare.recheck import reference_engine
+from modalities_data.prepare.shards import Job, OnError, UnitResult, committed, pack_unit
 from modalities_data.prepare.workers import pack_in_processes
 
 RANGE_BYTES = 64 << 20
 SUFFIXES = ("bin", "idx")
+RunOn = Literal["processes", "ray"]
 
 OnProgress = Callable[[int, int, int], None]
 """Called with bytes done, bytes in all, and tokens written by this process and its workers."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class PackReport:
 
 
 def pack(
-    source: Path,
+    source: Sources,
     output: Path,
     tokenizer: Tokenizer,
     *,
@@ -55,6 +62,10 @@ def pack(
     overwrite: bool = False,
     key: str = "text",
     range_bytes: int = RANGE_BYTES,
+    format: FormatChoice = "auto",
+    part: tuple[int, int] | None = None,
+    verify_every: int | None = None,
+    run_on: RunOn = "processes",
     on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> PackReport:
     """Tokenize every document of ``source`` into the packed folder ``output``.
@@ -64,51 +75,67 @@ def pack(
     than one needs the usual ``if __name__ == "__main__":``.
 
     Args:
-        source: JSON Lines, one document per line.
+        source: files, folders, patterns or addresses; see ``inputs.files.find_inputs``.
         output: the folder to make.
         tokenizer: gives the ids; picklable where there is more than one worker.
         workers: processes; None takes one per available core. The output does not depend on it.
-        on_error: ``fail`` at the first line that is no document, or ``skip`` it and list it in ``*.rejected.jsonl``.
+        on_error: ``fail`` at the first record that is no document, or ``skip`` it and list it in
+            ``*.rejected.jsonl``.
         overwrite: replace an existing packed folder when the new one is complete.
-        key: the JSON key that holds the text.
+        key: the JSON key or the Parquet column that holds the text.
         range_bytes: input bytes per shard, at least; decides where shards end.
+        format: what the files hold; ``auto`` goes by their endings.
+        part: ``(number, of)``: write only this part of the shards, numbered from one; ``merge`` joins the parts to
+            what a single run would have written.
+        verify_every: encode every so many documents again with the ``tokenizers`` library, beside the work.
+        run_on: new processes on this machine, or tasks of a Ray cluster that shares the output's file system.
         on_progress: told about progress a few times a second.
 
     Raises:
-        ConfigError: an argument is out of range.
-        DataError: the input is damaged, without documents or unreadable, or the output exists.
+        ConfigError: an argument is out of range, or an optional package is not installed.
+        DataError: the input is damaged, without documents or unreadable, the output exists, or ids were not exact.
         ResourceError: the disk is full, or a worker was killed.
     """
-    _check_arguments(workers, on_error, range_bytes)
-    source, output = Path(source), Path(os.path.abspath(output))
-    _check_replaceable(output, overwrite)
-    ranges = byte_ranges(source, range_bytes)
-    # The engine is settled here, on the first documents, so that all workers use the same.
-    tokenizer.encode_flat(_first_documents(ranges[0], key))
+    _check_arguments(workers, on_error, range_bytes, part, verify_every, run_on)
+    output = Path(os.path.abspath(output))
+    check_replaceable(output, overwrite)
+    files = find_inputs(source, format)
+    units = cut(files, range_bytes, key)
+    if empty := sum(not file.bytes and file.format != "text" for file in files):
+        log.warning("%d of %d inputs are empty", empty, len(files))
+    # The engine is settled here, on the first documents, so that all workers and all parts use the same.
+    tokenizer.encode_flat(_first_documents(units[0], key))
+    if verify_every is not None:
+        reference_engine(tokenizer)
     started = monotonic()
-    partial = output.with_name(f".{output.name}.partial")
-    options = {"key": key, "on_error": on_error, "range_bytes": range_bytes}
-    with user_errors(partial), _working_folder(partial, _identity(source, tokenizer, options)):
-        job = Job(tokenizer, partial, token_dtype(tokenizer.vocab_size), key, on_error)
-        results = {number: done for number in range(len(ranges)) if (done := committed(partial, number)) is not None}
+    partial = partial_folder(output)
+    options = {"key": key, "on_error": on_error, "range_bytes": range_bytes, "format": format}
+    options |= {"verify_every": verify_every} if verify_every else {}
+    identity = _identity(files, tokenizer, options)
+    if part is not None:
+        options["part"] = {"number": part[0], "of": part[1], "job": _digest(identity)}
+    mine = _share(units, part)
+    with user_errors(partial), working_folder(partial, {**identity, "part": part and list(part)}):
+        job = Job(tokenizer, partial, token_dtype(tokenizer.vocab_size), key, on_error, verify_every)
+        results = {number: done for number in mine if (done := committed(partial, number)) is not None}
         reused = len(results)
-        left = {number: lines for number, lines in enumerate(ranges) if number not in results}
+        left = {number: unit for number, unit in mine.items() if number not in results}
         count = min(workers or _cores(), max(1, len(left)))
-        results |= _pack_ranges(job, left, count, on_progress)
-        manifest = _manifest(job, [results[number] for number in range(len(ranges))], options)
-        if not manifest.tokens:
-            raise DataError(f"{source} has no documents to write: {_spelled(manifest.accounting)}")
+        results |= _pack_units(job, left, count, run_on, on_progress)
+        manifest = _manifest(job, files, mine, results, options)
+        if not manifest.tokens and part is None:
+            raise DataError(f"{_named(files)} no documents to write: {_spelled(manifest.accounting)}")
         _commit(partial, output, manifest, tokenizer, overwrite)
-    bytes_read = sum(lines.end - lines.start for lines in left.values())
+    bytes_read = sum(piece.bytes for unit in left.values() for piece in unit)
     tokens_written = sum(shard.tokens for number in left if (shard := results[number].shard) is not None)
     return PackReport(manifest, bytes_read, tokens_written, monotonic() - started, count, reused)
 
 
-def _pack_ranges(
-    job: Job, ranges: dict[int, ByteRange], workers: int, on_progress: OnProgress
-) -> dict[int, RangeResult]:
-    """Pack what is left, here or in worker processes."""
-    total = sum(lines.end - lines.start for lines in ranges.values())
+def _pack_units(
+    job: Job, units: dict[int, Unit], workers: int, run_on: RunOn, on_progress: OnProgress
+) -> dict[int, UnitResult]:
+    """Pack what is left: here, in worker processes, or on a Ray cluster."""
+    total = sum(piece.bytes for unit in units.values() for piece in unit)
     done = tokens = 0
 
     def report(new_bytes: int, new_tokens: int) -> None:
@@ -116,28 +143,38 @@ def _pack_ranges(
         done, tokens = done + new_bytes, tokens + new_tokens
         on_progress(done, total, tokens)
 
+    if run_on == "ray":
+        from modalities_data.prepare.on_ray import pack_on_ray
+
+        return pack_on_ray(job, units, workers, report)
     if workers == 1:
-        return {number: pack_range(job, number, lines, report) for number, lines in ranges.items()}
-    return pack_in_processes(job, ranges, workers, report)
+        return {number: pack_unit(job, number, unit, report) for number, unit in units.items()}
+    return pack_in_processes(job, units, workers, report)
 
 
-def _check_arguments(workers: int | None, on_error: str, range_bytes: int) -> None:
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is at least 1, not {workers}")
+def _check_arguments(
+    workers: int | None,
+    on_error: str,
+    range_bytes: int,
+    part: tuple[int, int] | None,
+    verify_every: int | None,
+    run_on: str,
+) -> None:
+    for name, count in (("workers", workers), ("range_bytes", range_bytes), ("verify_every", verify_every)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is at least 1, not {count}")
     if on_error not in get_args(OnError):
         raise ConfigError(f"on_error is fail or skip, not {on_error!r}")
-    if range_bytes < 1:
-        raise ConfigError(f"range_bytes is at least 1, not {range_bytes}")
+    if run_on not in get_args(RunOn):
+        raise ConfigError(f"run_on is processes or ray, not {run_on!r}")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise ConfigError(f"part {part[0]} of {part[1]} does not exist", hint="parts are numbered from 1")
 
 
-def _check_replaceable(output: Path, overwrite: bool) -> None:
-    """Only a packed folder is ever replaced, and only when asked to."""
-    if not output.exists():
-        return
-    if not overwrite:
-        raise DataError(f"{output} exists already", hint="choose another name, or pass --overwrite to replace it")
-    if not (output / manifests.FILE_NAME).is_file():
-        raise DataError(f"{output} is no packed folder, so --overwrite does not replace it")
+def _share(units: list[Unit], part: tuple[int, int] | None) -> dict[int, Unit]:
+    """The units of a part by their numbers in the whole: neighbours, so that the parts in order are the whole."""
+    number, of = part or (1, 1)
+    return {n: units[n] for n in range(len(units) * (number - 1) // of, len(units) * number // of)}
 
 
 def _cores() -> int:
@@ -145,25 +182,36 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _first_documents(lines: ByteRange, key: str) -> list[str]:
+def _first_documents(unit: Unit, key: str) -> list[str]:
     """Some documents from the start of the input."""
-    for block in blocks(lines, key):
-        if texts := list(islice(filter(None, block.texts), 64)):
-            return texts
+    for piece in unit:
+        for block in read(piece, key):
+            if texts := list(islice(filter(None, block.texts), 64)):
+                return texts
     return []
 
 
-def _identity(source: Path, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
-    """What has to be equal for a killed job's shards to be taken up."""
-    status = source.stat()
+def _named(files: list[InputFile]) -> str:
+    return f"{files[0].name} has" if len(files) == 1 else f"the {len(files)} inputs have"
+
+
+def _identity(files: list[InputFile], tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
+    """What has to be equal for a killed job's shards to be taken up, and for parts to be of one job."""
+    listed = [[_absolute(file.name), file.format, file.bytes, file.version] for file in files]
     return {
-        "source": str(source.resolve()),
-        "size": status.st_size,
-        "modified": status.st_mtime_ns,
+        "inputs": _digest(listed),
         "tokenizer": [tokenizer.fingerprint, tokenizer.end_of_document, *_engine(tokenizer)],
         "version": manifests.VERSION,
         **options,
     }
+
+
+def _absolute(name: str) -> str:
+    return name if "://" in name else str(Path(name).resolve())
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(value))
 
 
 def _engine(tokenizer: Tokenizer) -> tuple[str, str]:
@@ -171,44 +219,12 @@ def _engine(tokenizer: Tokenizer) -> tuple[str, str]:
     return getattr(tokenizer, "engine", type(tokenizer).__name__), getattr(tokenizer, "engine_version", "")
 
 
-@contextmanager
-def _working_folder(partial: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold ``partial`` for this process alone, with the shards of the same job or with none."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / ".lock").open("a") as lock:
-        _lock(lock, partial)
-        job_file = partial / STATE_FOLDER / "job.json"
-        if not (job_file.is_file() and _read(job_file) == identity):
-            for entry in partial.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            job_file.parent.mkdir()
-            write_json(job_file, identity)
-        yield
-
-
-def _read(path: Path) -> Any:
-    try:
-        return msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError:
-        return None
-
-
-def _lock(stream, partial: Path) -> None:
-    """Refuse to work where another process does; the lock goes with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another process is packing into {partial}", hint="wait for it, or end it first") from None
-
-
-def _manifest(job: Job, results: list[RangeResult], options: dict[str, Any]) -> Manifest:
-    shards = [result.shard for result in results if result.shard is not None]
-    accounting = sum((result.accounting for result in results), Accounting())
+def _manifest(
+    job: Job, files: list[InputFile], units: dict[int, Unit], results: dict[int, UnitResult], options: dict[str, Any]
+) -> Manifest:
+    ordered = [results[number] for number in units]
+    shards = [result.shard for result in ordered if result.shard is not None]
+    accounting = sum((result.accounting for result in ordered), Accounting())
     assert accounting.balanced() and accounting.written == sum(shard.documents for shard in shards)
     tokenizer = job.tokenizer
     engine, engine_version = _engine(tokenizer)
@@ -231,7 +247,21 @@ def _manifest(job: Job, results: list[RangeResult], options: dict[str, Any]) -> 
         shards=shards,
         producer=f"modalities-data {version('modalities-data')}",
         options=options,
+        inputs=_inputs(files, units, results),
     )
+
+
+def _inputs(files: list[InputFile], units: dict[int, Unit], results: dict[int, UnitResult]) -> list[Input]:
+    """The files that were read, in order; checksums of the pieces of one add up."""
+    sizes = {file.name: file.bytes for file in files}
+    sums: list[tuple[str, int]] = []
+    for number, unit in units.items():
+        for piece, checksum in zip(unit, results[number].checksums, strict=True):
+            if piece.start and sums and sums[-1][0] == piece.file:
+                sums[-1] = (piece.file, (sums[-1][1] + int(checksum, 16)) % 2**64)
+            else:
+                sums.append((piece.file, int(checksum, 16)))
+    return [Input(name, sizes[name], f"{total:016x}") for name, total in sums]
 
 
 def _spelled(accounting: Accounting) -> str:
@@ -255,12 +285,4 @@ def _commit(partial: Path, output: Path, manifest: Manifest, tokenizer: Tokenize
             and not entry.name.endswith(".rejected.jsonl")
         ):
             entry.unlink()
-    sync_folder(partial)
-    _check_replaceable(output, overwrite)
-    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    sync_folder(output.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    give_name(partial, output, overwrite)

@@ -14,9 +14,9 @@ from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from modalities_core.errors import ResourceError
-from modalities_data.jsonl import ByteRange
-from modalities_data.prepare.shards import Job, RangeResult, Report, pack_range
+from modalities_core.errors import ModalitiesError, ResourceError
+from modalities_data.inputs.units import Unit
+from modalities_data.prepare.shards import Job, Report, UnitResult, pack_unit
 
 SECONDS_BETWEEN_REPORTS = 0.2
 # Parallelism is in the processes: threads of the tokenizers beneath them would only fight for the same cores.
@@ -29,34 +29,42 @@ class _Stopped(Exception):
     """This worker was told to stop because another one failed."""
 
 
-def pack_in_processes(job: Job, ranges: dict[int, ByteRange], workers: int, report: Report) -> dict[int, RangeResult]:
-    """Pack ``ranges`` in ``workers`` processes.
+def pack_in_processes(job: Job, units: dict[int, Unit], workers: int, report: Report) -> dict[int, UnitResult]:
+    """Pack ``units`` in ``workers`` processes.
 
     Raises:
-        ModalitiesError: what a worker raised; the others stop within a block.
+        ModalitiesError: what a worker raised, of several the one of the first unit, as a single process would; later
+            units stop within a block.
         ResourceError: a worker was killed.
     """
     context = multiprocessing.get_context("spawn")
     read, written, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, read, written, stop))
     reported = (0, 0)
-    waiting = iter(ranges.items())
-    pending: dict[Future[RangeResult], int] = {}
-    results: dict[int, RangeResult] = {}
+    waiting = iter(units.items())
+    pending: dict[Future[UnitResult], int] = {}
+    results: dict[int, UnitResult] = {}
+    errors: dict[int, ModalitiesError] = {}
     try:
         while True:
-            # A few at a time: waiting on all the ranges of a large corpus would cost more with each of them.
+            # A few at a time: waiting on all the units of a large corpus would cost more with each of them.
             with _inherited(ONE_THREAD):
-                for number, lines in islice(waiting, 2 * workers - len(pending)):
-                    pending[pool.submit(_pack_range, number, lines)] = number
+                for number, unit in islice(waiting, 0 if errors else 2 * workers - len(pending)):
+                    pending[pool.submit(_pack_unit, number, unit)] = number
+            if errors and min(pending.values(), default=min(errors)) >= min(errors):
+                raise errors[min(errors)]
             if not pending:
                 return results
             finished, _ = wait(pending, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
             now = (read.value, written.value)
             report(now[0] - reported[0], now[1] - reported[1])
             reported = now
-            for future in sorted(finished, key=pending.__getitem__):
-                results[pending.pop(future)] = future.result()
+            for future in finished:
+                number = pending.pop(future)
+                try:
+                    results[number] = future.result()
+                except ModalitiesError as error:
+                    errors[number] = error
     except BrokenProcessPool as error:
         raise ResourceError(
             "a packing worker was killed, as happens when memory runs out",
@@ -81,7 +89,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _pack_range(number: int, lines: ByteRange) -> RangeResult:
+def _pack_unit(number: int, unit: Unit) -> UnitResult:
     def report(new_bytes: int, new_tokens: int) -> None:
         for counter, new in ((_worker["read"], new_bytes), (_worker["written"], new_tokens)):
             with counter.get_lock():
@@ -89,7 +97,7 @@ def _pack_range(number: int, lines: ByteRange) -> RangeResult:
         if _worker["stop"].is_set():
             raise _Stopped
 
-    return pack_range(_worker["job"], number, lines, report)
+    return pack_unit(_worker["job"], number, unit, report)
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""Files at an address, such as ``s3://bucket/name`` or ``https://...``, through fsspec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from modalities_core.errors import ConfigError, DataError, ModalitiesError
+
+
+def is_address(name: str) -> bool:
+    """Whether ``name`` is an address rather than a path of this machine."""
+    return "://" in name
+
+
+@contextmanager
+def remote_errors(name: str) -> Iterator[None]:
+    """Turn whatever a file system of fsspec raises into DataError; a missing file and the like stay OSError."""
+    try:
+        yield
+    except (ModalitiesError, OSError):
+        raise
+    except Exception as error:  # each protocol brings the errors of its own client
+        raise DataError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """The fsspec file system of ``address``, and the path in it.
+
+    Raises:
+        ConfigError: fsspec or the protocol's client is not installed, or the protocol is unknown.
+    """
+    try:
+        import fsspec
+    except ImportError:
+        raise ConfigError(f"reading {address} needs fsspec", hint='pip install "modalities-data[remote]"') from None
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"cannot read {address}: {error}") from error
+
+
+def open_remote(address: str) -> BinaryIO:
+    """A stream over the bytes at ``address``, read ahead in blocks."""
+    with remote_errors(address):
+        system, path = file_system(address)
+        return system.open(path, "rb", cache_type="readahead")
+
+
+def list_remote(address: str) -> list[tuple[str, int, str]]:
+    """Address, size and version of the file, of every file in the folder, or of every match of a pattern, unsorted.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    with remote_errors(address):
+        system, path = file_system(address)
+        if any(character in path for character in "*?["):
+            found = system.glob(path, detail=True)
+        elif system.isdir(path):
+            found = system.find(path, detail=True)
+        else:
+            found = {path: system.info(path)}
+        files = {name: info for name, info in found.items() if info["type"] == "file"}
+        return [(system.unstrip_protocol(name), *_size_and_version(name, info)) for name, info in files.items()]
+
+
+def _size_and_version(name: str, info: dict[str, Any]) -> tuple[int, str]:
+    """What a file system tells, whatever it calls it."""
+    if info.get("size") is None:
+        raise DataError(f"{name}: the server does not tell its size", hint="download it first")
+    version = next((info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if key in info), "")
+    return int(info["size"]), str(version)
