@@ -31,7 +31,7 @@ def amount(value: float, unit: str = "") -> str:
 
 
 @contextmanager
-def packing_progress() -> Iterator[Callable[[int, int, int], None]]:
+def packing_progress(label: str = "packing") -> Iterator[Callable[[int, int, int], None]]:
     """A bar with rates on a terminal, nothing elsewhere; gives what to call with bytes done, in all, and tokens."""
     if not sys.stderr.isatty():
         yield lambda done, total, tokens: None
@@ -41,8 +41,8 @@ def packing_progress() -> Iterator[Callable[[int, int, int], None]]:
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]}"),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(TextColumn("packing"), *columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("packing", total=None, tokens="")
+    with Progress(TextColumn(label), *columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None, tokens="")
 
         def update(done: int, total: int, tokens: int) -> None:
             elapsed = progress.tasks[0].elapsed or 0
