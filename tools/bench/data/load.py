@@ -1,0 +1,217 @@
+"""Packed tokens to samples: modalities-data and its peers on the same tokens, in turn, each pinned to one core.
+
+    python tools/bench/data/load.py --tokens 20_000_000 --rounds 1
+    python tools/bench/data/load.py --megatron ../Megatron-LM --save benchmarks/results/data-load
+
+Measures random samples per CPU second, start-up and memory at 10^9 samples (sparse files), finding the lines of a JSONL
+file beside the machine's memory bandwidth, and planning best-fit packing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import environments
+import host
+import token_folders
+import turns
+from environments import Environment, Made
+from packers import DATATROVE, DRIVERS, MEGATRON, ORIGINAL, ours
+
+OURS = "modalities-data"
+LITDATA = Environment("litdata", (("torch==2.13.0", "torchvision", "litdata"),), ("litdata", "torch"))
+# Its dataset is a torch dataset.
+DATATROVE_TORCH = replace(
+    DATATROVE, name="datatrove-torch", steps=(("torch==2.13.0",), *DATATROVE.steps), shows=("datatrove", "torch")
+)
+MEMORY_LIMIT = 8 << 30
+"""Of private memory, for opening: what is larger than that is said to be so, rather than taking the machine down."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "modalities-bench"
+    parser.add_argument("--cache", type=Path, default=default_cache, help="tokens and environments")
+    parser.add_argument("--tokens", type=int, default=200_000_000, help="to read samples from (default: 200 million)")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=10**9, help="of the sparse folders (default: 10^9)")
+    parser.add_argument("--shards", type=int, default=1000, help="of our sparse folder")
+    parser.add_argument("--documents", type=int, default=10**8, help="to plan best-fit packing for (default: 10^8)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megatron", type=Path, help="a copy of the Megatron-LM repository")
+    parser.add_argument("--only", action="append", default=[], help="peers whose name has this word")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one command")
+    parser.add_argument("--save", type=Path, help="write PATH.json and PATH.md")
+    return parser.parse_args()
+
+
+Command = Callable[[Made, Path, str], list[str]]
+"""From environment, folder of tokens and what to do, ``samples`` or ``open``, to a command."""
+
+
+def loaders(length: int, megatron: Path | None) -> dict[str, tuple[Environment | None, Command]]:
+    """Every loader: its environment (None is ours) and its command."""
+
+    def driver(name: str, path: str) -> Command:
+        return lambda made, folder, what: [
+            made.python, str(DRIVERS / f"{name}.py"), str(folder / path), str(length), what
+        ]  # fmt: skip
+
+    found: dict[str, tuple[Environment | None, Command]] = {
+        OURS: (None, driver("load_ours", "packed")),
+        "original modalities 0.5.0": (ORIGINAL, driver("load_original", "tokens.pbin")),
+        "datatrove": (DATATROVE_TORCH, driver("load_datatrove", "datatrove")),
+        "litdata": (LITDATA, driver("load_litdata", "packed/00000.bin")),
+    }
+    if megatron is not None:
+        found["Megatron-LM"] = (MEGATRON, lambda made, folder, what: [
+            made.python, str(DRIVERS / "run_in_megatron.py"), str(megatron), str(DRIVERS / "load_megatron.py"),
+            str(folder / "packed" / "00000"), str(length), str(folder / "megatron"),
+        ])  # fmt: skip
+    return found
+
+
+def asked(command: list[str], options: argparse.Namespace, cores: int = 1, limit: int | None = None) -> dict:
+    """Run a driver; the line of JSON it ends with, and the peak of its memory."""
+    path = os.environ.get("PATH", "")
+    # make and python3, as Megatron-LM's own build calls them, are to be those of the environment.
+    environment = {"PATH": f"{Path(command[0]).parent}{os.pathsep}{path}"}
+    usage = turns.run([command], cores=cores, timeout=options.timeout, environment=environment, memory_limit=limit)
+    return {**json.loads(usage.output.strip().splitlines()[-1]), "peak_rss": usage.peak_rss}
+
+
+def main() -> int:
+    options = arguments()
+    options.cache = options.cache.resolve()
+    megatron = options.megatron.resolve() if options.megatron else None
+    known = loaders(options.sequence_length, megatron)
+    chosen = {name: known[name] for name in known if name == OURS or not options.only or _named(name, options.only)}
+    missing = {} if megatron else {"Megatron-LM": "skipped: give a copy of its repository with --megatron PATH"}
+    ready: dict[str, Made] = {}
+    for name, (environment, _) in chosen.items():
+        try:
+            ready[name] = environments.make(options.cache, environment) if environment else ours()
+        except environments.InstallError as error:
+            missing[name] = str(error)
+    rates, all_rates = read_samples(options, chosen, ready, missing)
+    result = {
+        **turns.provenance(("--cache", "--megatron", "--save")), "tokens": options.tokens,
+        "sequence_length": options.sequence_length, "rounds": options.rounds,
+        "versions": {name: made.versions for name, made in ready.items()}, "rates": rates, "all_rates": all_rates,
+        "opening": open_sparse(options, chosen, ready), "host": host.figures(options.cache, options.documents),
+        "missing": missing,
+    }  # fmt: skip
+    text = report(result)
+    print(text)
+    if options.save:
+        turns.save(options.save, result, text)
+    return 0
+
+
+def _named(name: str, words: list[str]) -> bool:
+    return any(word in name for word in words)
+
+
+def read_samples(options: argparse.Namespace, chosen: dict, ready: dict[str, Made], missing: dict) -> tuple[dict, dict]:
+    """Samples per CPU second of every loader and way of reading; each checked to read what is in the file."""
+    folder = options.cache / f"tokens-{options.tokens}"
+    tokens = token_folders.make(folder, options.tokens)
+
+    def one(name: str, number: int) -> dict | None:
+        try:
+            found = asked(chosen[name][1](ready[name], folder, "samples"), options)
+        except (turns.RunError, ValueError, IndexError) as error:
+            if name == OURS:
+                raise SystemExit(f"error: {name}: {error}") from None
+            missing[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            return None
+        start = 7 * found["stride"]
+        if found["first"] not in (None, tokens[start : start + 8].tolist()):
+            raise SystemExit(f"error: {name} reads {found['first']} as sample 7, the file has other tokens there")
+        print(f"round {number + 1}: {name}: {found['rates']}", file=sys.stderr, flush=True)
+        return found["rates"]
+
+    rounds = turns.in_turn(list(ready), options.rounds, one)
+    return {name: turns.medians(found) for name, found in rounds.items()}, rounds
+
+
+def open_sparse(options: argparse.Namespace, chosen: dict, ready: dict[str, Made]) -> dict:
+    """What it takes until the first sample of a shuffled order, at a hundredth of the samples and at all of them."""
+    found: dict[str, dict] = {}
+    for samples in (options.samples // 100, options.samples):
+        with tempfile.TemporaryDirectory(dir=options.cache) as name:
+            folder = Path(name)
+            token_folders.make_sparse(folder, samples * options.sequence_length + 1, options.shards)
+            for loader in (OURS, "original modalities 0.5.0", "datatrove"):
+                if loader not in ready:
+                    continue
+                try:
+                    entry = asked(chosen[loader][1](ready[loader], folder, "open"), options, limit=MEMORY_LIMIT)
+                except turns.RunError as error:
+                    entry = {"failed": str(error)}
+                found.setdefault(loader, {})[str(samples)] = entry
+    return found
+
+
+def report(result: dict) -> str:
+    """The result as Markdown."""
+    peers = {name: max(found.values()) for name, found in result["rates"].items() if name != OURS}
+    mine = result["rates"][OURS]
+    rows = [
+        [name, way, f"{rate / 1e3:,.1f}", f"{1e6 / rate:,.2f}", f"{mine['int64 batch'] / rate:,.1f}x"]
+        for name, found in result["rates"].items()
+        for way, rate in found.items()
+    ]
+    lines = [
+        "# Loading: packed tokens to samples", "",
+        f"Random samples of {result['sequence_length'] + 1} tokens from {result['tokens'] / 1e6:.0f} M tokens in the "
+        f"page cache, one core, in batches of 32, per CPU second; median of {result['rounds']} round(s).", "",
+        turns.markdown(["loader", "as", "thousand samples/s", "us/sample", "our int64 batch is"], rows), "",
+    ]  # fmt: skip
+    if peers:
+        best = max(peers, key=peers.__getitem__)
+        lines += [
+            f"The fastest peer is {best}; our int64 batches of 32 are "
+            f"{mine['int64 batch'] / peers[best]:.1f} times as fast.",
+            "",
+        ]
+    lines += [
+        "## Opening",
+        "",
+        "Until the first sample of the shuffled order, on sparse files. Import is Python's.",
+        "",
+    ]
+    rows = []
+    for name, sizes in result["opening"].items():
+        for samples, entry in sizes.items():
+            if "failed" in entry:
+                rows.append([name, f"{int(samples):.0e}", "-", "-", "-", f"failed: {entry['failed'][-100:]}"])
+            else:
+                times = [f"{entry[key]:.3f}" for key in ("import", "open", "seek")]
+                rows.append([name, f"{int(samples):.0e}", *times, f"{entry['peak_rss'] / 1e6:,.0f}"])
+    lines += [turns.markdown(["loader", "samples", "import s", "open s", "first sample s", "peak MB"], rows), ""]
+    lines += host.report(result["host"])
+    lines += [f"Not measured: {name}: {reason}" for name, reason in result["missing"].items()]
+    lines += [
+        "", f"- command: `{result['command']}`", f"- commit: {result['commit']}", f"- date: {result['date']}",
+        f"- machine: {result['cpu']}, {result['cores']} cores, load {result['load']:.1f} at the start",
+        f"- versions: {json.dumps(result['versions'])}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if not hasattr(os, "wait4") or not shutil.which("git"):
+        sys.exit("error: this bench needs Linux and git")
+    sys.exit(main())
