@@ -35,7 +35,7 @@ def test_component_and_command_of_a_plugin(plugin: dict[str, str], modalities, t
     done = modalities("run", CONFIG, "--folder", tmp_path / "run", *options, env=plugin)
     assert done.returncode == 0, done.stderr
     rates = [r["learning_rate"] for r in records(tmp_path / "run") if r["event"] == "step_logged"]
-    assert rates == pytest.approx([1e-3, 2e-3, 2e-3 * (3 / 2) ** -0.5, 2e-3 * 2**-0.5])
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3 * (3 / 2) ** -0.5, 1e-3 * 2**-0.5])
     assert "loss-curve" in modalities("--help", env=plugin).stdout
     drawn = modalities("loss-curve", tmp_path / "run", env=plugin)
     assert drawn.returncode == 0, drawn.stderr
