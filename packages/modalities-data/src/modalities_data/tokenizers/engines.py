@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -97,7 +97,7 @@ class GigatokenEngine:
             self._tokenizer, self._characters = self._load(), 0
         self._characters += sum(map(len, documents))
         # One thread: packing has a process per core already.
-        layout = self._tokenizer.encode_batch(list(documents), parallel=False).layout
+        layout: Any = self._tokenizer.encode_batch(list(documents), parallel=False).layout
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         ids = np.asarray(layout.content.data)
         return ids[offsets[0] : offsets[-1]].astype(np.uint32, copy=False), offsets - offsets[0]

@@ -1,0 +1,254 @@
+"""Keeping the documents that pass every rule, of a packed folder or of a JSONL file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from modalities_core.errors import ConfigError, DataError
+from modalities_core.files import replacing
+from modalities_core.interfaces import Tokenizer
+from modalities_data import manifest as manifests
+from modalities_data.disk import user_errors
+from modalities_data.jsonl import ByteRange, blocks, failure_error
+from modalities_data.manifest import Accounting, Manifest
+from modalities_data.prepare.lines import LinesRecord, write_record
+from modalities_data.prepare.rewrite import SHARD_TOKENS, JoinedFolders, OnProgress, in_blocks, write_documents
+from modalities_data.tokenizers.opening import recorded_tokenizer
+
+GROUP = "modalities.predicates"
+"""The entry-point group that gives predicates their names."""
+
+
+class Document:
+    """What a predicate decides about; what it does not ask for is not computed."""
+
+    def __init__(
+        self, text: Callable[[], str], tokens: Callable[[], int], fields: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._text, self._tokens, self._fields = text, tokens, fields
+
+    @cached_property
+    def text(self) -> str:
+        """The text; of a packed document, its tokens decoded."""
+        return self._text()
+
+    @cached_property
+    def tokens(self) -> int:
+        """How many tokens it has, without the end-of-document id."""
+        return self._tokens()
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """Every key of the JSON object."""
+        return self._fields()
+
+
+Predicate = Callable[[Document], bool]
+"""Whether to keep a document."""
+
+
+def filter_documents(
+    source: Path,
+    output: Path,
+    predicates: Predicate | Mapping[str, Predicate],
+    *,
+    key: str = "text",
+    tokenizer: Tokenizer | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    options: dict[str, Any] | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda done, total, tokens: None,
+) -> Manifest | LinesRecord:
+    """Write the documents of ``source`` that pass every predicate to ``output``, in their order.
+
+    Args:
+        source: a packed folder, or a JSONL file.
+        output: a packed folder to make, or a JSONL file, whose lines are unchanged and whose record is beside it.
+        predicates: by the name of the rule a document is counted under that it is the first to refuse.
+        key: of the text in a JSONL file.
+        tokenizer: counts the tokens of JSONL documents where a predicate asks for them.
+        on_error: whether a line that is no document ends the job or is counted as failed.
+        options: for the manifest.
+        shard_tokens: tokens per shard of a packed folder, at least.
+        overwrite: replace an existing output.
+        on_progress: told about progress.
+
+    Returns:
+        The manifest of the folder, or the record of the file.
+
+    Raises:
+        ConfigError: a predicate asks for what there is not: tokens without a tokenizer, fields of packed documents.
+        DataError: the source is damaged, the output exists, or no document is left.
+    """
+    rules = dict(predicates) if isinstance(predicates, Mapping) else {_name(predicates): predicates}
+    if not rules:
+        raise ConfigError("there is no rule to filter by", hint="see `modalities-data filter --help`")
+    options = {"command": "filter", "rules": sorted(rules)} | (options or {})
+    if source.is_dir():
+        return _filter_folder(source, output, rules, options, shard_tokens, overwrite, on_progress)
+    return _filter_lines(source, output, rules, key, tokenizer, on_error, options, overwrite, on_progress)
+
+
+def _filter_folder(
+    source: Path, output: Path, rules: dict[str, Predicate], options: dict[str, Any], shard_tokens: int,
+    overwrite: bool, on_progress: OnProgress,
+) -> Manifest:  # fmt: skip
+    joined = JoinedFolders([source])
+    (packed,) = joined.folders
+    tokenizer: Tokenizer | None = None
+    skipped: Counter[str] = Counter()
+
+    def decoded(tokens: np.ndarray) -> str:
+        nonlocal tokenizer
+        if tokenizer is None:
+            tokenizer = recorded_tokenizer(packed.folder, packed.manifest.tokenizer)
+        return tokenizer.decode(tokens[:-1].tolist())
+
+    def kept() -> Iterator[np.ndarray]:
+        for numbers in in_blocks(0, joined.documents):
+            refused = [
+                _refusal(rules, Document(lambda ids=ids: decoded(ids), lambda ids=ids: len(ids) - 1, _no_fields))
+                for batch in joined.batches([numbers])
+                for ids in np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
+            ]
+            skipped.update(rule for rule in refused if rule)
+            passed = numbers[[rule is None for rule in refused]]
+            if len(passed):
+                yield passed
+
+    return write_documents(
+        joined, kept(), output, options=options, shard_tokens=shard_tokens, overwrite=overwrite,
+        on_progress=on_progress, accounting=lambda written: Accounting(joined.documents, written, _sorted(skipped)),
+    )  # fmt: skip
+
+
+def _filter_lines(
+    source: Path, output: Path, rules: dict[str, Predicate], key: str, tokenizer: Tokenizer | None,
+    on_error: str, options: dict[str, Any], overwrite: bool, on_progress: OnProgress,
+) -> LinesRecord:  # fmt: skip
+    if output.exists() and not overwrite:
+        raise DataError(f"{output} exists already", hint="choose another name, or pass --overwrite to replace it")
+    if source.resolve() == output.resolve():
+        raise ConfigError("a file is not filtered onto itself; name another output")
+    skipped: Counter[str] = Counter()
+    written = failed = blank = done = 0
+    with user_errors(source):
+        size = source.stat().st_size
+    with user_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as stream:
+            for block in blocks(ByteRange(source, 0, size), key):
+                if block.failures and on_error == "fail":
+                    raise failure_error(source, block.failures[0])
+                failed, blank, done = failed + len(block.failures), blank + block.blank_lines, done + block.bytes
+                for line, text in zip(block.lines, block.texts, strict=True):
+                    refused = _refusal(rules, _line_document(line, text, tokenizer))
+                    if refused is None:
+                        stream.write(line + b"\n")
+                        written += 1
+                    else:
+                        skipped[refused] += 1
+                on_progress(done, size, 0)
+            if not written:
+                raise DataError(f"no document of {source} is left to write: {_sorted(skipped)}")
+        accounting = Accounting(written + failed + skipped.total(), written, _sorted(skipped), failed, blank)
+        return write_record(output, source, options, accounting)
+
+
+def _line_document(line: bytes, text: str, tokenizer: Tokenizer | None) -> Document:
+    def tokens() -> int:
+        if tokenizer is None:
+            raise ConfigError("tokens of a JSONL file are counted by a tokenizer", hint="pass --tokenizer")
+        return len(tokenizer.encode(text))
+
+    return Document(lambda: text, tokens, lambda: msgspec.json.decode(line))
+
+
+def _no_fields() -> dict[str, Any]:
+    raise ConfigError(
+        "a packed folder keeps no fields of its documents", hint="filter the JSONL file it was packed from"
+    )
+
+
+def _refusal(rules: dict[str, Predicate], document: Document) -> str | None:
+    """The first rule that refuses the document."""
+    return next((name for name, keeps in rules.items() if not keeps(document)), None)
+
+
+def _name(predicate: Predicate) -> str:
+    return getattr(predicate, "__name__", type(predicate).__name__)
+
+
+def _sorted(skipped: Counter[str]) -> dict[str, int]:
+    return dict(sorted(skipped.items()))
+
+
+def is_packed(path: Path) -> bool:
+    """Whether ``path`` is a packed folder; a file of lines otherwise."""
+    return path.is_dir() and (path / manifests.FILE_NAME).is_file()
+
+
+def min_tokens(limit: int) -> Predicate:
+    """At least ``limit`` tokens."""
+    return lambda document: document.tokens >= limit
+
+
+def max_tokens(limit: int) -> Predicate:
+    """At most ``limit`` tokens."""
+    return lambda document: document.tokens <= limit
+
+
+def contains(texts: tuple[str, ...]) -> Predicate:
+    """Each of ``texts`` occurs."""
+    return lambda document: all(text in document.text for text in texts)
+
+
+def not_contains(texts: tuple[str, ...]) -> Predicate:
+    """None of ``texts`` occurs."""
+    return lambda document: not any(text in document.text for text in texts)
+
+
+def key_equals(key: str, value: str) -> Predicate:
+    """The field ``key`` is ``value``, as text or as JSON; dots reach into nested objects."""
+    try:
+        accepted = [value, msgspec.json.decode(value)]
+    except msgspec.DecodeError:
+        accepted = [value]
+
+    def keeps(document: Document) -> bool:
+        found: Any = document.fields
+        for name in (key,) if key in found else key.split("."):
+            if not isinstance(found, dict) or name not in found:
+                return False
+            found = found[name]
+        return any(found == one and type(found) is type(one) for one in accepted)
+
+    return keeps
+
+
+def registered(name: str) -> Predicate:
+    """The predicate an installed package registered in the entry-point group ``modalities.predicates``.
+
+    Raises:
+        ConfigError: none has this name, or it cannot be called.
+    """
+    known = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in known:
+        there = f"there are: {', '.join(sorted(known))}" if known else f"no installed package registers any in {GROUP}"
+        raise ConfigError(f"there is no predicate {name!r}", hint=there)
+    try:
+        found = known[name].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the predicate {name!r} does not load: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"the predicate {name!r} is {found!r}, which cannot be called")
+    return found
