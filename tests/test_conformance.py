@@ -35,6 +35,12 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
     "dataset.lorem_ipsum": (LOREM, interfaces.Dataset),
     "dataset.packed": ("{component: dataset.packed, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
+    "dataset.best_fit": ("{component: dataset.best_fit, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
+    "dataset.part": (f"{{component: dataset.part, dataset: {LOREM}, end: 0.5}}", interfaces.Dataset),
+    "dataset.mixture": (
+        f"{{component: dataset.mixture, datasets: [{LOREM}, {LOREM}], weights: [3, 1], samples: 30}}",
+        interfaces.Dataset,
+    ),
     "batches.shuffled": (BATCHES, interfaces.Batches),
     "batches.held_out": (HELD_OUT, interfaces.HeldOut),
     "tokenizer.bytes": ("{component: tokenizer.bytes}", interfaces.Tokenizer),

@@ -30,10 +30,13 @@ class Samples(NamedTuple):
 
     tokens: (N, T + 1) integers; inputs are the first T, targets the last T.
     weights: (N, T) float32, how much each target counts in the loss; None where all count 1.
+    segments: (N, T) int32, the number of each input's document within its sample, rising from 0; inputs attend only
+        to their own segment, and positions count from its start. None where a sample is one piece of text.
     """
 
     tokens: np.ndarray
     weights: np.ndarray | None = None
+    segments: np.ndarray | None = None
 
 
 @runtime_checkable
@@ -89,19 +92,23 @@ class Batch:
     tokens_BT: (B, T) int64 inputs.
     targets_BT: (B, T) int64, the token that follows each input.
     weights_BT: (B, T) float32, how much each target counts; None where all count 1.
+    segments_BT: (B, T) int32, the number of each input's document within its sample, rising from 0; None where a
+        sample is one piece of text.
     """
 
     tokens_BT: Tensor
     targets_BT: Tensor
     weights_BT: Tensor | None = None
+    segments_BT: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``, copied without blocking the host where its memory is pinned."""
-        weights = self.weights_BT
+        weights, segments = self.weights_BT, self.segments_BT
         return Batch(
             self.tokens_BT.to(device, non_blocking=True),
             self.targets_BT.to(device, non_blocking=True),
             None if weights is None else weights.to(device, non_blocking=True),
+            None if segments is None else segments.to(device, non_blocking=True),
         )
 
 

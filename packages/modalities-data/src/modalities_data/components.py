@@ -5,8 +5,11 @@ from __future__ import annotations
 COMPONENTS: dict[str, str] = {
     "batches.held_out": "modalities_data.loading.batches:HeldOutBatches",
     "batches.shuffled": "modalities_data.loading.batches:ShuffledBatches",
-    "dataset.lorem_ipsum": "modalities_data.datasets:LoremIpsumDataset",
-    "dataset.packed": "modalities_data.datasets:PackedDataset",
+    "dataset.best_fit": "modalities_data.datasets.best_fit:BestFitDataset",
+    "dataset.lorem_ipsum": "modalities_data.datasets.memory:LoremIpsumDataset",
+    "dataset.mixture": "modalities_data.datasets.mixture:MixtureDataset",
+    "dataset.packed": "modalities_data.datasets.packed:PackedDataset",
+    "dataset.part": "modalities_data.datasets.part:PartDataset",
     "tokenizer.bytes": "modalities_data.tokenizers.bytes:BytesTokenizer",
     "tokenizer.huggingface": "modalities_data.tokenizers.huggingface:HuggingFaceTokenizer",
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 import numpy as np
@@ -15,20 +18,41 @@ import xxhash
 
 from modalities_core.errors import DataError
 from modalities_core.files import checksum, replacing
-from modalities_data.disk import user_errors
-from modalities_data.manifest import Manifest, Shard, Source, read_manifest
+from modalities_data.disk import as_user_error, user_errors
+from modalities_data.manifest import Manifest, Shard, Sidecar, Source, read_manifest
 from modalities_data.megatron_index import LONGEST_DOCUMENT, Index, index_bytes, read_index, write_index
 
 CHECKSUM_BLOCK = 64 << 20
 OPEN_SHARDS = 256
-"""How many shards stay mapped: each costs a file descriptor, and 1,024 is a common limit."""
+"""How many files stay mapped: each costs a file descriptor, and 1,024 is a common limit."""
+ENDS_BYTES = 256 << 20
+"""How much memory document ends may take, eight bytes each; with more documents they are read from the files."""
+
+
+class _SidecarWriter:
+    """A file beside a shard, and its checksum."""
+
+    def __init__(self, stream: BinaryIO, dtype: str) -> None:
+        self._stream, self._dtype, self._digest, self._bytes = stream, dtype, xxhash.xxh3_64(), 0
+
+    def append(self, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values, self._dtype).data.cast("B")
+        self._stream.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def entry(self) -> Sidecar:
+        return Sidecar(self._bytes, self._digest.hexdigest())
 
 
 class ShardWriter:
     """Appends documents to one shard, in bounded memory but for four bytes per document."""
 
-    def __init__(self, stream: BinaryIO, name: str, dtype: str) -> None:
+    def __init__(
+        self, stream: BinaryIO, name: str, dtype: str, sidecars: dict[str, _SidecarWriter] | None = None
+    ) -> None:
         """Write to ``stream``; use ``writing_shard``, which also names the files."""
+        self._sidecars = sidecars or {}
         self._stream = stream
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._whole, self._block = xxhash.xxh3_64(), xxhash.xxh3_64()
@@ -37,18 +61,29 @@ class ShardWriter:
         self.name, self.dtype = name, dtype
         self.tokens = self.bytes = self.documents = self.text_bytes = self.largest_id = 0
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+    def append(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        text_bytes: int,
+        mask: np.ndarray | None = None,
+        origins: np.ndarray | None = None,
+    ) -> None:
         """Add documents.
 
         Args:
             tokens: ids back to back, each document with its end.
             lengths: (documents,) tokens of each.
             text_bytes: UTF-8 bytes of all of them.
+            mask: (tokens,) 1 where a token counts as a target, else 0; exactly where the shard has this sidecar.
+            origins: (documents,) the number of each document's source; exactly where the shard has this sidecar.
 
         Raises:
             DataError: a document has more than 2**31 - 1 tokens.
         """
         assert int(lengths.sum()) == len(tokens)
+        beside = {"mask": (mask, len(tokens)), "source": (origins, len(lengths))}
+        assert self._sidecars.keys() == {suffix for suffix, (values, _) in beside.items() if values is not None}
         if not len(lengths):
             return
         if int(lengths.max()) > LONGEST_DOCUMENT:
@@ -58,6 +93,10 @@ class ShardWriter:
         data = tokens.astype(self._dtype).data.cast("B")
         self._stream.write(data)
         self._digest(data)
+        for suffix, sidecar in self._sidecars.items():
+            values, count = beside[suffix]
+            assert values is not None and len(values) == count
+            sidecar.append(values)
         self._lengths.append(lengths.astype("<i4"))
         self.tokens += len(tokens)
         self.documents += len(lengths)
@@ -85,17 +124,36 @@ class ShardWriter:
         """The manifest's entry; call it once, when all is written."""
         if self.bytes % CHECKSUM_BLOCK:
             self._end_block()
+        entries = {suffix: sidecar.entry() for suffix, sidecar in self._sidecars.items()}
         return Shard(
             self.name, self.tokens, self.documents, self.bytes, index_bytes(self.documents), self.text_bytes,
             self.largest_id, self._whole.hexdigest(), self._blocks, index_checksum, source,
+            entries.get("mask"), entries.get("source"),
         )  # fmt: skip
 
 
 @contextmanager
-def writing_shard(folder: Path, name: str, dtype: str) -> Iterator[ShardWriter]:
-    """Write ``name.bin`` and ``name.idx``; each appears whole or not at all, and neither if the body fails."""
-    with replacing(folder / f"{name}.bin") as stream:
-        writer = ShardWriter(stream, name, dtype)
+def writing_shard(
+    folder: Path, name: str, dtype: str, *, mask: bool = False, origins: bool = False
+) -> Iterator[ShardWriter]:
+    """Write ``name.bin``, ``name.idx`` and the sidecars asked for; none of them appears if the body fails.
+
+    Args:
+        folder: where.
+        name: of the files, without suffix.
+        dtype: ``uint16`` or ``int32``.
+        mask: with ``name.mask``, a byte per token.
+        origins: with ``name.source``, a uint32 per document.
+    """
+    with ExitStack() as stack:
+        stream = stack.enter_context(replacing(folder / f"{name}.bin"))
+        wanted = (("mask", "u1", mask), ("source", "<u4", origins))
+        sidecars = {
+            suffix: _SidecarWriter(stack.enter_context(replacing(folder / f"{name}.{suffix}")), kind)
+            for suffix, kind, there in wanted
+            if there
+        }
+        writer = ShardWriter(stream, name, dtype, sidecars)
         yield writer
         with replacing(folder / f"{name}.idx") as index:
             write_index(index, dtype, writer.lengths())
@@ -119,7 +177,9 @@ class PackedFolder:
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         for shard in self.manifest.shards:
             self._check_sizes(shard)
-        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._mapped: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
+        self._indices: OrderedDict[int, Index] = OrderedDict()
+        self._ends: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self._document_ends = np.cumsum([shard.documents for shard in self.manifest.shards], dtype=np.int64)
 
@@ -129,24 +189,86 @@ class PackedFolder:
                 f"{self.folder / 'manifest.json'}: shard {shard.name} has {shard.tokens} tokens of "
                 f"{self.dtype.itemsize} bytes, but {shard.bytes} bytes"
             )
-        for suffix, expected in (("bin", shard.bytes), ("idx", shard.index_bytes)):
-            path = self.folder / f"{shard.name}.{suffix}"
-            if not path.is_file():
-                raise DataError(f"{path} is missing; the manifest expects {expected} bytes")
-            found = path.stat().st_size
-            if found != expected:
-                raise DataError(f"{path}: the manifest expects {expected} bytes, the file has {found}")
+        mask, origins = shard.mask, shard.origins
+        if (mask is not None and mask.bytes != shard.tokens) or (
+            origins is not None and origins.bytes != 4 * shard.documents
+        ):
+            raise DataError(f"{self.folder / 'manifest.json'}: a sidecar of shard {shard.name} has not its size")
+        for name, expected in shard.files().items():
+            path = f"{self.folder}{os.sep}{name}"  # thousands of shards: Path objects would take most of the time
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                raise DataError(f"{path} is missing; the manifest expects {expected} bytes") from None
+            except OSError as error:
+                raise as_user_error(error, path) from error
+            if status.st_size != expected or not S_ISREG(status.st_mode):
+                raise DataError(f"{path}: the manifest expects {expected} bytes, the file has {status.st_size}")
 
     def tokens(self, number: int) -> np.ndarray:
         """All tokens of a shard, (tokens,) read-only, mapped into memory."""
+        return self._kept(number, "bin", self.dtype)
+
+    def mask(self, number: int) -> np.ndarray | None:
+        """Which tokens of a shard count as targets, (tokens,) uint8 of 0 and 1; None where all do."""
+        return None if self.manifest.shards[number].mask is None else self._kept(number, "mask", np.dtype("u1"))
+
+    def origins(self, number: int) -> np.ndarray | None:
+        """The number of each document's source, (documents,) uint32; None where unknown."""
+        return None if self.manifest.shards[number].origins is None else self._kept(number, "source", np.dtype("<u4"))
+
+    def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of documents by their numbers in the folder, and their numbers there, each (N,) int64."""
+        shards = np.searchsorted(self._document_ends, documents, side="right")
+        counts = np.diff(self._document_ends, prepend=0)
+        return shards, documents - (self._document_ends - counts)[shards]
+
+    def documents_at(self, number: int, places: np.ndarray) -> np.ndarray:
+        """Which documents of a shard hold the tokens at ``places``, (N,) int64; ``documents`` behind the last."""
+        if self.manifest.documents * 8 <= ENDS_BYTES:
+            return np.searchsorted(self._all_ends(number), places, side="right")
+        # Too many documents to keep their ends at hand: search the file itself.
+        starts = self.kept_index(number).pointers
+        size, total = self.dtype.itemsize, self.manifest.shards[number].tokens
+        found = [bisect_right(starts, place * size) - 1 if place < total else len(starts) for place in places.tolist()]
+        return np.maximum(np.array(found, np.int64), 0)
+
+    def ends_of(self, number: int, documents: np.ndarray) -> np.ndarray:
+        """Behind the last token of each of ``documents`` of a shard, (N,) int64 tokens from the shard's start."""
+        if self.manifest.documents * 8 <= ENDS_BYTES:
+            return self._all_ends(number)[documents]
+        index = self.kept_index(number)
+        return index.pointers[documents] // self.dtype.itemsize + index.lengths[documents]
+
+    def kept_index(self, number: int) -> Index:
+        """The same as ``index``; its file stays mapped while there is room."""
         with self._lock:
-            tokens = self._mapped.pop(number, None)
-            if tokens is None:
-                tokens = np.frombuffer(self._map(number, "bin"), self.dtype)
-            self._mapped[number] = tokens
+            index = self._indices.pop(number, None)
+            if index is None:
+                index = self.index(number)
+            self._indices[number] = index
+            if len(self._indices) > OPEN_SHARDS:
+                self._indices.popitem(last=False)
+        return index
+
+    def _all_ends(self, number: int) -> np.ndarray:
+        """Behind the last token of each document of a shard, (documents,) int64; aligned, unlike the file."""
+        ends = self._ends.get(number)
+        if ends is None:
+            index = self.index(number)
+            ends = self._ends[number] = index.pointers // self.dtype.itemsize + index.lengths
+        return ends
+
+    def _kept(self, number: int, suffix: str, dtype: np.dtype) -> np.ndarray:
+        """The content of a file, which stays mapped while there is room."""
+        with self._lock:
+            values = self._mapped.pop((number, suffix), None)
+            if values is None:
+                values = np.frombuffer(self._map(number, suffix), dtype)
+            self._mapped[number, suffix] = values
             if len(self._mapped) > OPEN_SHARDS:
                 self._mapped.popitem(last=False)
-        return tokens
+        return values
 
     def index(self, number: int) -> Index:
         """Where the documents of a shard lie.
@@ -168,9 +290,9 @@ class PackedFolder:
         """The tokens of one document with its end, (tokens,), by its number in the folder."""
         if not 0 <= number < self.manifest.documents:
             raise IndexError(f"document {number} of {self.manifest.documents}")
-        shard = int(np.searchsorted(self._document_ends, number, side="right"))
-        index = self.index(shard)
-        place = number - int(self._document_ends[shard]) + len(index.lengths)
+        shards, places = self.locate(np.array([number]))
+        shard, place = int(shards[0]), int(places[0])
+        index = self.kept_index(shard)
         start = int(index.pointers[place]) // self.dtype.itemsize
         return self.tokens(shard)[start : start + int(index.lengths[place])]
 
@@ -195,6 +317,7 @@ def problems(folder: Path) -> Iterator[str]:
             continue
         yield from _bin_problems(packed, number)
         yield from _index_problems(packed, number)
+        yield from _sidecar_problems(packed, number)
 
 
 def _bin_problems(packed: PackedFolder, number: int) -> Iterator[str]:
@@ -231,6 +354,19 @@ def _index_problems(packed: PackedFolder, number: int) -> Iterator[str]:
         yield f"{path}: documents do not lie back to back"
     elif np.any(packed.tokens(number)[ends - 1] != packed.manifest.end_of_document):
         yield f"{path}: not every document ends with id {packed.manifest.end_of_document}"
+
+
+def _sidecar_problems(packed: PackedFolder, number: int) -> Iterator[str]:
+    """Checksums, and masks that hold anything but 0 and 1."""
+    shard = packed.manifest.shards[number]
+    for suffix, sidecar in shard.sidecars().items():
+        path = packed.folder / f"{shard.name}.{suffix}"
+        found = checksum(path)
+        if found != sidecar.checksum:
+            yield f"{path}: expected checksum {sidecar.checksum}, found {found}"
+    mask = packed.mask(number)
+    if mask is not None and int(mask.max()) > 1:
+        yield f"{packed.folder / shard.name}.mask: a mask is made of 0 and 1, found {int(mask.max())}"
 
 
 def verify(folder: Path) -> Manifest:

@@ -1,0 +1,73 @@
+"""What datasets share: checks of their arguments, views of token rows, and document boundaries as arrays.
+
+Shape suffixes: N samples, T tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+
+from modalities_core.errors import ConfigError
+
+
+def windows(tokens: np.ndarray, width: int) -> np.ndarray:
+    """(len - width + 1, width): every piece of ``width`` tokens, as a view; indexing it is the fastest gather."""
+    step = tokens.strides[0]
+    return np.ndarray((len(tokens) - width + 1, width), tokens.dtype, tokens.data, 0, (step, step))
+
+
+def checked(indices: np.ndarray, samples: int) -> np.ndarray:
+    """``indices`` as int64.
+
+    Raises:
+        IndexError: one is not in [0, samples).
+    """
+    indices = np.asarray(indices, np.int64)
+    if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < samples:
+        raise IndexError(f"sample indices are in [0, {samples}), found {indices.min()} to {indices.max()}")
+    return indices
+
+
+def check_length(owner: object, sequence_length: int) -> None:
+    """Refuse a sequence length that is not positive.
+
+    Raises:
+        ConfigError: about the argument of that name.
+    """
+    if sequence_length < 1:
+        raise ConfigError(f"sequence_length is at least 1, not {sequence_length}", about=(owner, "sequence_length"))
+
+
+def fingerprint(kind: str, content: str, sequence_length: int) -> str:
+    """xxh3-64 of what decides the samples."""
+    return xxhash.xxh3_64_hexdigest(f"{kind}\n{content}\n{sequence_length}".encode())
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``starts[0], starts[0] + 1, ...`` for ``counts[0]`` numbers, and so on: all ranges back to back."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def segments(rows: np.ndarray, columns: np.ndarray, samples: int, length: int) -> np.ndarray:
+    """The number of each input's document within its sample.
+
+    Args:
+        rows: (boundaries,) the sample of each boundary, ascending.
+        columns: (boundaries,) where the next document begins, in [1, length), ascending within a row.
+        samples: N.
+        length: T.
+
+    Returns:
+        (N, T) int32, rising from 0 in each row.
+    """
+    counts = np.bincount(rows, minlength=samples)
+    firsts = np.cumsum(counts) - counts + np.arange(samples)
+    edges = np.empty(len(rows) + samples + 1, np.int64)
+    edges[firsts] = np.arange(samples) * length
+    edges[np.arange(len(rows)) + rows + 1] = rows * length + columns
+    edges[-1] = samples * length
+    numbers = (np.arange(len(edges) - 1) - np.repeat(firsts, counts + 1)).astype(np.int32)
+    # One run per document: several times cheaper than counting up along the tokens.
+    return np.repeat(numbers, np.diff(edges)).reshape(samples, length)

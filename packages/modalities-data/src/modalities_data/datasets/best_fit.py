@@ -1,0 +1,123 @@
+"""Best-fit packing of a packed folder's documents: few are cut, none is lost, and samples are nearly full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from modalities_core.errors import DataError
+from modalities_core.interfaces import Samples
+from modalities_data.datasets.arrays import check_length, checked, fingerprint, segments
+from modalities_data.datasets.fitting import BEST_FIT_VERSION, plan
+from modalities_data.datasets.packed import check_ids
+from modalities_data.packed import PackedFolder
+
+
+class BestFitDataset:
+    """Whole documents, put together so that they fill samples; only documents longer than a sample are cut.
+
+    Samples tell where documents begin. A target counts if it belongs to the same document as its input, so the first
+    token of a document and the padding at a sample's end do not; a folder's mask applies on top. Opening it plans all
+    documents: about 0.05 microseconds and four bytes of memory for each.
+
+    Args:
+        path: the packed folder, with its manifest.json.
+        sequence_length: target tokens per sample.
+    """
+
+    sequence_length: int
+    largest_id: int
+    fingerprint: str
+    bytes_per_token: float | None
+    fill: float
+    """The share of all samples' tokens that is not padding."""
+
+    def __init__(self, path: Path, sequence_length: int) -> None:
+        """Open the folder and place its documents.
+
+        Raises:
+            ConfigError: the sequence length is not positive.
+            DataError: the folder or one of its indices is damaged.
+        """
+        check_length(self, sequence_length)
+        self._packed = PackedFolder(Path(path))
+        manifest = self._packed.manifest
+        self._plan = plan(self._lengths, sequence_length)
+        self.sequence_length = sequence_length
+        self.largest_id = manifest.largest_id
+        self.bytes_per_token = manifest.text_bytes / manifest.tokens
+        self.fingerprint = fingerprint(f"best_fit {BEST_FIT_VERSION}", manifest.fingerprint, sequence_length)
+        self.fill = self._plan.fill
+        self._masked = any(shard.mask is not None for shard in manifest.shards)
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self._plan)
+
+    def gather(self, indices: np.ndarray) -> Samples:
+        """The samples at ``indices``: tokens (N, T + 1), uint16 or int32 as stored, with weights and segments.
+
+        Raises:
+            IndexError: an index is not in [0, len).
+            DataError: a token id is larger than the manifest says, so the file is damaged.
+        """
+        indices = checked(indices, len(self))
+        samples, length = len(indices), self.sequence_length
+        rows, documents, starts, lengths = self._plan.pieces(indices, self._lengths_of)
+        filled = np.cumsum(lengths) - lengths
+        first_of_row = np.searchsorted(rows, np.arange(samples))
+        columns = filled - filled[first_of_row][rows] if len(rows) else filled
+        tokens = np.full((samples, length + 1), self._packed.manifest.end_of_document, self._packed.dtype)
+        counts = np.zeros((samples, length + 1), np.float32)
+        self._copy(tokens, counts, rows, columns, documents, starts, lengths)
+        check_ids(self._packed, tokens)
+        # The first token of a piece is no target: what comes before it is another document.
+        counts[rows, columns] = 0
+        # Where the next piece begins: for the last one, where the padding does.
+        ends = columns + lengths
+        inside = ends < length
+        return Samples(tokens, counts[:, 1:], segments(rows[inside], ends[inside], samples, length))
+
+    def _copy(
+        self,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        documents: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        """Copy each piece to its place, and which of its tokens count."""
+        shards, local = self._packed.locate(documents)
+        for shard in np.unique(shards).tolist():
+            of_shard = np.flatnonzero(shards == shard)
+            stored, mask = self._packed.tokens(shard), self._packed.mask(shard)
+            index = self._packed.kept_index(shard)
+            firsts = index.pointers[local[of_shard]] // self._packed.dtype.itemsize + starts[of_shard]
+            places = (rows[of_shard], columns[of_shard], firsts, lengths[of_shard])
+            for row, column, first, length in zip(*(part.tolist() for part in places), strict=True):
+                tokens[row, column : column + length] = stored[first : first + length]
+                counts[row, column : column + length] = 1 if mask is None else mask[first : first + length]
+
+    def _lengths(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, shard by shard."""
+        for number, shard in enumerate(self._packed.manifest.shards):
+            lengths = self._packed.index(number).lengths
+            if int(lengths.sum(dtype=np.int64)) != shard.tokens or int(lengths.min()) < 1:
+                raise DataError(
+                    f"{self._packed.folder / shard.name}.idx: the documents' lengths do not add up to {shard.tokens}",
+                    hint="the folder is damaged: see `modalities-data verify`",
+                )
+            yield lengths
+
+    def _lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """The tokens of each of ``documents``, (N,) int64."""
+        result = np.empty(len(documents), np.int64)
+        shards, local = self._packed.locate(documents)
+        for shard in np.unique(shards).tolist():
+            of_shard = shards == shard
+            result[of_shard] = self._packed.kept_index(shard).lengths[local[of_shard]]
+        return result
