@@ -9,15 +9,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from modalities_core.events import CheckpointSaved, Evaluated, Event, RunEnded, RunStarted, StepLogged, Warned
 
 
+BAR_WIDTH = 12
+
+
 def open_console() -> RichConsole:
     """Where the sink writes: standard output, as it is at the start of the run."""
     return RichConsole(highlight=False, soft_wrap=True)
 
 
 class Console:
-    """Shows loss, gradient norm, learning rate, tokens per second, MFU and the time that is left.
+    """Shows loss, tokens per second, MFU and the time that is left.
 
-    On a terminal the current step is a progress bar and all else lines above it; otherwise each event is a line.
+    On a terminal the current step is a progress bar and all else lines above it; otherwise each event is a line, with
+    gradient norm and learning rate as well.
     """
 
     def __init__(self) -> None:
@@ -31,7 +35,7 @@ class Console:
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, StepLogged) and self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=event.step, measures=measures(event))
+            self._bar.update(self._bar.task_ids[0], completed=event.step, measures=bar_measures(event))
         else:
             if isinstance(event, RunEnded):
                 self._stop_bar()
@@ -46,7 +50,7 @@ class Console:
         self._stop_bar()
         self._print(line(event))
         if self._console.is_terminal:
-            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[measures]}"))
+            columns = (MofNCompleteColumn(), BarColumn(BAR_WIDTH), TextColumn("{task.fields[measures]}"))
             self._bar = Progress(TextColumn("step"), *columns, TimeRemainingColumn(), console=self._console)
             self._bar.add_task("step", total=event.steps, completed=event.first_step, measures="")
             self._bar.start()
@@ -98,6 +102,12 @@ def measures(event: StepLogged) -> str:
     if event.mfu is not None:
         parts.append(f"MFU {event.mfu:.1%}")
     return "  ".join(parts)
+
+
+def bar_measures(event: StepLogged) -> str:
+    """The numbers that fit beside a bar on a terminal of 80 columns; the others are in the record."""
+    mfu = "" if event.mfu is None else f"  MFU {event.mfu:.0%}"
+    return f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s{mfu}"
 
 
 def _left(event: StepLogged) -> str:
