@@ -31,8 +31,16 @@ def amount(value: float, unit: str = "") -> str:
 
 
 @contextmanager
-def packing_progress(label: str = "packing") -> Iterator[Callable[[int, int, int], None]]:
-    """A bar with rates on a terminal, nothing elsewhere; gives what to call with bytes done, in all, and tokens."""
+def packing_progress(label: str = "packing", unit: str = "tokens") -> Iterator[Callable[[int, int, int], None]]:
+    """A bar with rates on a terminal, nothing elsewhere.
+
+    Args:
+        label: what is being done.
+        unit: what is counted beside bytes.
+
+    Yields:
+        What to call with bytes done, bytes in all, and the count.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total, tokens: None
         return
@@ -46,7 +54,7 @@ def packing_progress(label: str = "packing") -> Iterator[Callable[[int, int, int
 
         def update(done: int, total: int, tokens: int) -> None:
             elapsed = progress.tasks[0].elapsed or 0
-            rate = f"{amount(tokens / elapsed, 'tokens/s')}" if elapsed else ""
+            rate = f"{amount(tokens / elapsed, f'{unit}/s')}" if elapsed else ""
             progress.update(task, completed=done, total=total, tokens=rate)
 
         yield update

@@ -112,9 +112,11 @@ def pack(
     options = {"key": key, "on_error": on_error, "range_bytes": range_bytes, "format": format}
     options |= {"verify_every": verify_every} if verify_every else {}
     identity = _identity(files, tokenizer, options)
-    if part is not None:
-        options["part"] = {"number": part[0], "of": part[1], "job": _digest(identity)}
     mine = _share(units, part)
+    if part is not None:
+        # Whether it begins inside a file, which `merge` has to know to add up checksums.
+        continues = any(unit[0].start > 0 for unit in list(mine.values())[:1])
+        options["part"] = {"number": part[0], "of": part[1], "job": _digest(identity), "continues": continues}
     with user_errors(partial), working_folder(partial, {**identity, "part": part and list(part)}):
         job = Job(tokenizer, partial, token_dtype(tokenizer.vocab_size), key, on_error, verify_every)
         results = {number: done for number in mine if (done := committed(partial, number)) is not None}
