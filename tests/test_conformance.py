@@ -42,6 +42,10 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
         interfaces.Dataset,
     ),
     "batches.shuffled": (BATCHES, interfaces.Batches),
+    "batches.in_order": (
+        f"{{component: batches.in_order, dataset: {LOREM}, world: {WORLD}, samples_per_step: 4, micro_batch_size: 2}}",
+        interfaces.Batches,
+    ),
     "batches.held_out": (HELD_OUT, interfaces.HeldOut),
     "tokenizer.bytes": ("{component: tokenizer.bytes}", interfaces.Tokenizer),
     "tokenizer.huggingface": (

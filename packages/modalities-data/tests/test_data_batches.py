@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import dataclass, field
 
@@ -10,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modalities_core.errors import ConfigError
+from modalities_core.errors import CheckpointError, ConfigError
 from modalities_core.interfaces import Batches, HeldOut, Samples
 from modalities_data.order import shuffled
 
 torch = pytest.importorskip("torch")
 
-from modalities_data.loading.batches import HeldOutBatches, ShuffledBatches  # noqa: E402
+from modalities_data.loading.batches import HeldOutBatches, InOrderBatches, ShuffledBatches  # noqa: E402
 
 
 @dataclass
@@ -179,3 +180,115 @@ def test_held_out_keeps_the_weights_of_the_data() -> None:
     assert isinstance(HeldOutBatches(Counting(5), Place(), 4), HeldOut)
     with pytest.raises(ConfigError, match="max_samples"):
         HeldOutBatches(Counting(5), Place(), 4, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.integers(1, 60), ranks=st.integers(1, 6), micro=st.integers(1, 4), accumulated=st.integers(1, 4),
+    step=st.integers(0, 200), kind=st.sampled_from([ShuffledBatches, InOrderBatches]),
+)  # fmt: skip
+def test_all_ranks_together_see_the_same_sequence(samples, ranks, micro, accumulated, step, kind) -> None:
+    dataset, per_step = Counting(samples), ranks * micro * accumulated
+    found = [
+        torch.cat([batch.tokens_BT for batch in kind(dataset, Place(rank, ranks), per_step, micro).micro_batches(step)])
+        for rank in range(ranks)
+    ]
+    alone = kind(dataset, Place(), per_step, per_step).micro_batches(step)
+    assert torch.equal(torch.cat(found), alone[0].tokens_BT)
+    places = np.arange(step * per_step, (step + 1) * per_step)
+    order = shuffled(places, samples, 0) if kind is ShuffledBatches else places % samples
+    assert (alone[0].tokens_BT[:, 0] // 10).tolist() == order.tolist()
+
+
+def taken(batches, steps):
+    """The next steps of this object, as lists of samples."""
+    return [[row for batch in next(batches) for row in (batch.tokens_BT[:, 0] // 10).tolist()] for _ in range(steps)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=st.integers(1, 60), before=st.integers(0, 12), ranks=st.integers(1, 4), again=st.integers(1, 4))
+def test_going_on_from_any_point_gives_the_tail(samples, before, ranks, again) -> None:
+    """Stopped on some ranks, taken up on others with another micro batch and half as many samples per step."""
+    dataset = Counting(samples)
+    straight = taken(iter(ShuffledBatches(dataset, Place(), 24, 24, 5)), before + 4)
+    first = ShuffledBatches(dataset, Place(ranks - 1, ranks), 24, 24 // ranks, 5)
+    taken(iter(first), before)
+    state = json.loads(json.dumps(first.state_dict()))
+    assert len(json.dumps(state)) < 200
+    rest = []
+    for rank in range(again):
+        resumed = ShuffledBatches(dataset, Place(rank, again), 12, 12 // again, 5)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        rest.append(taken(iter(resumed), 8))
+    joined = [[row for of_rank in rest for row in of_rank[step]] for step in range(8)]
+    assert [joined[step] + joined[step + 1] for step in range(0, 8, 2)] == straight[before:]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "expected the state of batches"),
+        ({"version": 2, "samples": 8}, "expected the state of batches"),
+        ({"samples": "8"}, "expected the state of batches"),
+        ({"fingerprint": "other"}, "belongs to the data other"),
+        ({"samples": 9}, "9 samples are no whole number of steps of 8"),
+    ],
+)
+def test_the_state_of_something_else_is_refused(state, message) -> None:
+    batches = ShuffledBatches(Counting(50), Place(), 8, 4)
+    good = {**batches.state_dict(), "samples": 80}
+    with pytest.raises(CheckpointError, match=message):
+        batches.load_state_dict({**good, **state} if state else state)
+    assert batches.state_dict()["samples"] == 0
+    batches.load_state_dict(good)
+    assert batches.state_dict() == good
+    other = ShuffledBatches(Counting(50), Place(), 8, 4, seed=1)
+    with pytest.raises(CheckpointError, match="use the same dataset, sequence length and seed"):
+        other.load_state_dict(good)
+
+
+def test_in_order_and_shuffled_are_different_data() -> None:
+    prints = {kind(Counting(50), Place(), 8, 4).fingerprint for kind in (ShuffledBatches, InOrderBatches)}
+    assert len(prints) == 2
+    assert isinstance(InOrderBatches(Counting(50), Place(), 8, 4), Batches)
+    with pytest.raises(ConfigError, match="micro_batch_size is at least 1"):
+        InOrderBatches(Counting(50), Place(), 8, 0)
+
+
+class Segmented(Counting):
+    """The second half of each sample is another document."""
+
+    def gather(self, indices: np.ndarray) -> Samples:
+        segments = np.broadcast_to(np.arange(self.sequence_length) * 2 // self.sequence_length, (len(indices), 4))
+        return super().gather(indices)._replace(segments=segments)
+
+
+def test_segments_become_int32_tensors() -> None:
+    for batches in (
+        ShuffledBatches(Segmented(20), Place(), 6, 3).micro_batches(0),
+        HeldOutBatches(Segmented(20), Place(), 3),
+    ):
+        for batch in batches:
+            assert batch.segments_BT.dtype == torch.int32 and batch.segments_BT.tolist() == [[0, 0, 1, 1]] * 3
+            assert batch.to("cpu").segments_BT.tolist() == [[0, 0, 1, 1]] * 3
+    assert ShuffledBatches(Counting(20), Place(), 6, 3).micro_batches(0)[0].segments_BT is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_next_micro_batch_is_copied_ahead() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for dataset in (Counting(100, weighted=True), Segmented(100)):
+        expected = ShuffledBatches(dataset, Place(), 12, 3)
+        batches = ShuffledBatches(dataset, Place(device=device), 12, 3)
+        for step in range(5):
+            host, found = expected.micro_batches(step), batches.micro_batches(step)
+            assert len(found) == len(host) == 4
+            for ours, theirs in zip(found, host, strict=True):
+                for name in ("tokens_BT", "targets_BT", "weights_BT", "segments_BT"):
+                    tensor, wanted = getattr(ours, name), getattr(theirs, name)
+                    assert (tensor is None) == (wanted is None)
+                    if tensor is not None:
+                        assert tensor.device == device and torch.equal(tensor.cpu(), wanted)
+            assert torch.equal(found[-1].tokens_BT.cpu(), host[-1].tokens_BT)
+        assert all(tensor.is_pinned() for batch in batches._ahead[1].result() for tensor in (batch.tokens_BT,))

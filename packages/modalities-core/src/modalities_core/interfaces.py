@@ -124,7 +124,7 @@ class Batches(Protocol):
     """Of the data and of everything that decides the order."""
 
     def micro_batches(self, step: int) -> Sequence[Batch]:
-        """This rank's micro batches of the zero-based ``step``, on the host."""
+        """This rank's micro batches of the zero-based ``step``, on the host or on the world's device."""
         ...
 
 

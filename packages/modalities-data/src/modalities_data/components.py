@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMPONENTS: dict[str, str] = {
     "batches.held_out": "modalities_data.loading.batches:HeldOutBatches",
+    "batches.in_order": "modalities_data.loading.batches:InOrderBatches",
     "batches.shuffled": "modalities_data.loading.batches:ShuffledBatches",
     "dataset.best_fit": "modalities_data.datasets.best_fit:BestFitDataset",
     "dataset.lorem_ipsum": "modalities_data.datasets.memory:LoremIpsumDataset",

@@ -1,0 +1,166 @@
+"""Training batches, as pure functions of the step.
+
+Step s takes the samples from ``s * samples_per_step`` on. Each data-parallel rank takes one contiguous part of them and
+cuts it into micro batches, so all ranks' micro batches in order are the same samples in the same order for any number
+of ranks and any micro batch size. The next step is read ahead on a thread; where the device is a GPU, the next micro
+batch is copied to it while this one is computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from modalities_core.errors import CheckpointError, ConfigError
+from modalities_core.interfaces import Batch, Dataset, World
+from modalities_core.progress import accumulation
+from modalities_data.loading.tensors import CopiedAhead, as_batch, check_positive
+from modalities_data.order import ORDER_VERSION, check_seed, shuffled
+
+STATE_VERSION = 1
+
+
+class _StepBatches(ABC):
+    """What all training batches share; a subclass says which sample has which place in the run."""
+
+    samples_per_step: int
+    sequence_length: int
+    largest_id: int
+    fingerprint: str
+
+    def __init__(self, dataset: Dataset, world: World, samples_per_step: int, micro_batch_size: int) -> None:
+        for name, value in (("samples_per_step", samples_per_step), ("micro_batch_size", micro_batch_size)):
+            check_positive(self, name, value)
+        try:
+            self._accumulation = accumulation(samples_per_step, micro_batch_size, world.data_size)
+        except ConfigError as error:
+            raise ConfigError(error.message, hint=error.hint, about=(self, "samples_per_step")) from None
+        self.samples_per_step = samples_per_step
+        self.sequence_length = dataset.sequence_length
+        self.largest_id = dataset.largest_id
+        self._dataset = dataset
+        self._micro_batch_size = micro_batch_size
+        self._first = world.data_rank * (samples_per_step // world.data_size)
+        self._device = world.device
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._next_step = 0
+        self._stream: torch.cuda.Stream | None = None
+
+    def micro_batches(self, step: int) -> Sequence[Batch]:
+        """This rank's micro batches of the zero-based ``step``, each (micro_batch_size, T) int64.
+
+        On the host; where the world's device is a GPU, on their way to it while the one before is computed.
+        """
+        ahead, self._ahead = self._ahead, None
+        batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._compute(step)
+        self._ahead = (step + 1, self._reader.submit(self._compute, step + 1))
+        self._next_step = step + 1
+        if self._device.type != "cuda":
+            return batches
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        return CopiedAhead(batches, self._device, self._stream)
+
+    def __iter__(self) -> Iterator[Sequence[Batch]]:
+        """The micro batches of one step after the other, without end, from where ``state_dict`` stands."""
+        while True:
+            yield self.micro_batches(self._next_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, as a few JSON values: the samples of all steps asked for, over all ranks."""
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.fingerprint,
+            "samples": self._next_step * self.samples_per_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the samples of ``state``, on any number of ranks and with any micro batch.
+
+        Raises:
+            CheckpointError: it belongs to other data or another order, or lies within a step of this size.
+        """
+        if state.get("version") != STATE_VERSION or not isinstance(state.get("samples"), int):
+            raise CheckpointError(f"expected the state of batches, version {STATE_VERSION}, found {state!r}")
+        if state.get("fingerprint") != self.fingerprint:
+            raise CheckpointError(
+                f"the state belongs to the data {state.get('fingerprint')}, these batches have {self.fingerprint}",
+                hint="use the same dataset, sequence length and seed",
+            )
+        steps, within = divmod(state["samples"], self.samples_per_step)
+        if within:
+            raise CheckpointError(
+                f"{state['samples']} samples are no whole number of steps of {self.samples_per_step}",
+                hint="go on with samples_per_step as it was, or a divisor of it",
+            )
+        self._next_step = steps
+
+    def _compute(self, step: int) -> list[Batch]:
+        share = self._accumulation * self._micro_batch_size
+        first = step * self.samples_per_step + self._first
+        indices = self._order(np.arange(first, first + share, dtype=np.int64))
+        pinned = self._device.type == "cuda"
+        return [as_batch(self._dataset.gather(part), None, pinned) for part in np.split(indices, self._accumulation)]
+
+    @abstractmethod
+    def _order(self, places: np.ndarray) -> np.ndarray:
+        """The samples at ``places`` of an endless run."""
+
+
+class ShuffledBatches(_StepBatches):
+    """Training data, reshuffled in every epoch; which samples a step sees depends on the seed and the step alone.
+
+    Args:
+        dataset: where the samples come from.
+        world: tells this rank's place among the data-parallel ranks, and whether memory is to be pinned.
+        samples_per_step: samples in one step over all ranks, micro batches and accumulation.
+        micro_batch_size: samples a rank computes at once.
+        seed: chooses the order, from 0 on.
+    """
+
+    def __init__(
+        self, dataset: Dataset, world: World, samples_per_step: int, micro_batch_size: int, seed: int = 0
+    ) -> None:
+        """Check that the step divides evenly.
+
+        Raises:
+            ConfigError: a size or the seed is out of range, or the ranks' micro batches do not make up the step.
+        """
+        check_seed(seed, about=(self, "seed"))
+        super().__init__(dataset, world, samples_per_step, micro_batch_size)
+        self._seed = seed
+        order = f"shuffled {ORDER_VERSION} {seed}\n{dataset.fingerprint}\n{dataset.sequence_length}"
+        self.fingerprint = xxhash.xxh3_64_hexdigest(order.encode())
+
+    def _order(self, places: np.ndarray) -> np.ndarray:
+        return shuffled(places, len(self._dataset), self._seed)
+
+
+class InOrderBatches(_StepBatches):
+    """Training data in the order of the dataset, over and over: for one that is in its right order, as a mixture is.
+
+    Args:
+        dataset: where the samples come from.
+        world: tells this rank's place among the data-parallel ranks, and whether memory is to be pinned.
+        samples_per_step: samples in one step over all ranks, micro batches and accumulation.
+        micro_batch_size: samples a rank computes at once.
+    """
+
+    def __init__(self, dataset: Dataset, world: World, samples_per_step: int, micro_batch_size: int) -> None:
+        """Check that the step divides evenly.
+
+        Raises:
+            ConfigError: a size is out of range, or the ranks' micro batches do not make up the step.
+        """
+        super().__init__(dataset, world, samples_per_step, micro_batch_size)
+        order = f"in order\n{dataset.fingerprint}\n{dataset.sequence_length}"
+        self.fingerprint = xxhash.xxh3_64_hexdigest(order.encode())
+
+    def _order(self, places: np.ndarray) -> np.ndarray:
+        return places % len(self._dataset)

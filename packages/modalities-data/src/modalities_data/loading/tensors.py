@@ -1,0 +1,88 @@
+"""Samples as tensors, and tensors on their way to a GPU.
+
+Shape suffixes: B samples of a micro batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+import torch
+
+from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Batch, Samples
+
+
+def as_batch(samples: Samples, counts_B: np.ndarray | None, pinned: bool) -> Batch:
+    """Samples as tensors; where ``counts_B`` is given, (B,) bool, the other rows weigh nothing."""
+    tokens, weights, segments = samples
+    pair = torch.empty((2, len(tokens), tokens.shape[1] - 1), dtype=torch.int64, pin_memory=pinned)
+    # Written once, straight into the memory that is copied from.
+    inputs, targets = pair.numpy()
+    inputs[...], targets[...] = tokens[:, :-1], tokens[:, 1:]
+    if counts_B is not None:
+        base = np.ones(inputs.shape, np.float32) if weights is None else weights
+        weights = base * counts_B[:, None].astype(np.float32)
+    return Batch(pair[0], pair[1], _tensor(weights, np.float32, pinned), _tensor(segments, np.int32, pinned))
+
+
+def _tensor(values: np.ndarray | None, dtype: type, pinned: bool) -> torch.Tensor | None:
+    if values is None:
+        return None
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype))
+    return tensor.pin_memory() if pinned else tensor
+
+
+class CopiedAhead(Sequence[Batch]):
+    """Micro batches on a GPU: while one is computed, the next is copied, on a stream of its own."""
+
+    def __init__(self, batches: Sequence[Batch], device: torch.device, stream: torch.cuda.Stream) -> None:
+        """Start to copy the first of ``batches``, which lie in pinned memory, on ``stream``."""
+        self._batches, self._device, self._stream = batches, device, stream
+        self._copied: dict[int, tuple[Batch, torch.cuda.Event]] = {}
+        self._copy(0)
+
+    def __len__(self) -> int:
+        """How many micro batches there are."""
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        """A micro batch on the device, safe to use on its current stream."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        self._copy(number)
+        batch, done = self._copied.pop(number)
+        self._copy(number + 1)
+        compute = torch.cuda.current_stream(self._device)
+        compute.wait_event(done)
+        for tensor in (batch.tokens_BT, batch.targets_BT, batch.weights_BT, batch.segments_BT):
+            if tensor is not None:
+                # Its memory came from the other stream: it may go back only when this one is done with it.
+                tensor.record_stream(compute)
+        return batch
+
+    def _copy(self, number: int) -> None:
+        if number >= len(self._batches) or number in self._copied:
+            return
+        with torch.cuda.stream(self._stream):
+            batch = self._batches[number].to(self._device)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        self._copied[number] = (batch, done)
+
+
+def check_positive(owner: object, name: str, value: int) -> None:
+    """Refuse a size below 1.
+
+    Raises:
+        ConfigError: about the argument ``name``.
+    """
+    if value < 1:
+        raise ConfigError(f"{name} is at least 1, not {value}", about=(owner, name))
