@@ -8,7 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from modalities_core.events import CheckpointSaved, Evaluated, Event, RunEnded, RunStarted, StepLogged, Warned
 
-
 BAR_WIDTH = 12
 
 
