@@ -102,6 +102,10 @@ class _Scan:
 
     def starts(self, stream: FileIO, digest: xxhash.xxh3_64) -> Iterator[np.ndarray]:
         """Positions of lines that are not blank, (lines,) int64, chunk by chunk."""
+        if stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+            digest.update(BYTE_ORDER_MARK)
+            self.position = len(BYTE_ORDER_MARK)
+        stream.seek(self.position)
         at_start = True  # whether the next byte begins a line
         few = False
         buffer = bytearray(CHUNK)  # one for all chunks: new memory for each would cost as much as the search
@@ -115,9 +119,7 @@ class _Scan:
             if ends_with_newline:
                 starts = starts[:-1]
             if at_start:
-                skipped = len(BYTE_ORDER_MARK) if not self.position and chunk.startswith(BYTE_ORDER_MARK) else 0
-                if skipped < len(chunk):
-                    starts = np.concatenate([[skipped], starts])
+                starts = np.concatenate([[0], starts])
             at_start = ends_with_newline
             starts = self._without_blank(stream, chunk, starts)
             self.lines += len(starts)
