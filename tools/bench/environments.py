@@ -41,6 +41,10 @@ class Made:
         """A program that was installed beside the interpreter."""
         return str(Path(self.python).with_name(name))
 
+    def variables(self) -> dict[str, str]:
+        """What a command of a peer runs with, so that it finds its own packages and not those of this process."""
+        return {} if self.python == sys.executable else {"PYTHONPATH": ""}
+
 
 class InstallError(Exception):
     """A peer does not install; the text says why."""

@@ -15,6 +15,8 @@ import numpy as np
 FILE_BYTES = 256 << 20
 LINE_BYTES = (100, 6000)
 REPEATS = 5
+SEQUENCE_LENGTH = 2048
+CHUNK = 1 << 22
 
 
 def figures(cache: Path, documents: int) -> dict:
@@ -68,8 +70,8 @@ def read_rate(cache: Path, line_bytes: int) -> float:
 
 
 def index_rate(cache: Path, line_bytes: int) -> float | None:
-    """Bytes per CPU second of our index of the file's lines."""
-    index = _function("modalities_data.line_index", "line_starts")
+    """Bytes per CPU second of our index of the file's lines, its checksum and its writing among them."""
+    index = _function("modalities_data.prepare.index", "index_lines")
     if index is None:
         return None
     path = lines_file(cache, line_bytes)
@@ -77,15 +79,21 @@ def index_rate(cache: Path, line_bytes: int) -> float | None:
 
 
 def best_fit(documents: int) -> dict | None:
-    """Seconds to plan best-fit packing of log-normal documents into 2048 tokens, and how full the bins are."""
-    plan = _function("modalities_data.best_fit", "plan")
+    """Seconds to plan best-fit packing of log-normal documents into samples of 2048, and how full the samples are."""
+    plan = _function("modalities_data.datasets.fitting", "plan")
     if plan is None:
         return None
     random = np.random.default_rng(0)
-    lengths = np.minimum(random.lognormal(6.0, 1.2, documents), 1e6).astype(np.int32) + 2
+    lengths = np.concatenate([
+        np.minimum(random.lognormal(6.0, 1.2, count), 1e6).astype(np.int32) + 2
+        for count in [CHUNK] * (documents // CHUNK) + [documents % CHUNK]
+    ])  # fmt: skip
     began = time.process_time()
-    made = plan(lengths, 2048)
-    return {"documents": documents, "seconds": time.process_time() - began, "fill": getattr(made, "fill", None)}
+    made = plan(lambda: [lengths], SEQUENCE_LENGTH)
+    seconds = time.process_time() - began
+    assert made.tokens >= int(lengths.sum(dtype=np.int64))  # a piece of a long document repeats one token
+    fill = made.tokens / (len(made) * (SEQUENCE_LENGTH + 1))
+    return {"documents": documents, "seconds": seconds, "samples": len(made), "fill": fill}
 
 
 def _function(module: str, name: str) -> Callable | None:
@@ -110,6 +118,6 @@ def report(found: dict) -> list[str]:
     if plan is None:
         lines.append("Best-fit planning: no such function in this version.")
     else:
-        fill = "" if plan["fill"] is None else f", bins {100 * plan['fill']:.2f} % full"
+        fill = f", samples {100 * plan['fill']:.3f} % full"
         lines.append(f"Best-fit planning of {plan['documents']:.0e} documents: {plan['seconds']:.2f} CPU s{fill}.")
     return [*lines, ""]

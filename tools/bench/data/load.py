@@ -76,17 +76,16 @@ def loaders(length: int, megatron: Path | None) -> dict[str, tuple[Environment |
     if megatron is not None:
         found["Megatron-LM"] = (MEGATRON, lambda made, folder, what: [
             made.python, str(DRIVERS / "run_in_megatron.py"), str(megatron), str(DRIVERS / "load_megatron.py"),
-            str(folder / "packed" / "00000"), str(length), str(folder / "megatron"),
+            str(megatron), str(folder / "packed" / "00000"), str(length), str(folder / "megatron"),
         ])  # fmt: skip
     return found
 
 
-def asked(command: list[str], options: argparse.Namespace, cores: int = 1, limit: int | None = None) -> dict:
-    """Run a driver; the line of JSON it ends with, and the peak of its memory."""
-    path = os.environ.get("PATH", "")
-    # make and python3, as Megatron-LM's own build calls them, are to be those of the environment.
-    environment = {"PATH": f"{Path(command[0]).parent}{os.pathsep}{path}"}
-    usage = turns.run([command], cores=cores, timeout=options.timeout, environment=environment, memory_limit=limit)
+def asked(command: list[str], made: Made, timeout: float, memory_limit: int | None = None) -> dict:
+    """Run a driver on one core; the line of JSON it ends with, and the peak of its memory."""
+    usage = turns.run(
+        [command], cores=1, timeout=timeout, environment=made.variables(), memory_limit=memory_limit
+    )  # fmt: skip
     return {**json.loads(usage.output.strip().splitlines()[-1]), "peak_rss": usage.peak_rss}
 
 
@@ -129,7 +128,7 @@ def read_samples(options: argparse.Namespace, chosen: dict, ready: dict[str, Mad
 
     def one(name: str, number: int) -> dict | None:
         try:
-            found = asked(chosen[name][1](ready[name], folder, "samples"), options)
+            found = asked(chosen[name][1](ready[name], folder, "samples"), ready[name], options.timeout)
         except (turns.RunError, ValueError, IndexError) as error:
             if name == OURS:
                 raise SystemExit(f"error: {name}: {error}") from None
@@ -157,7 +156,8 @@ def open_sparse(options: argparse.Namespace, chosen: dict, ready: dict[str, Made
                 if loader not in ready:
                     continue
                 try:
-                    entry = asked(chosen[loader][1](ready[loader], folder, "open"), options, limit=MEMORY_LIMIT)
+                    made = ready[loader]
+                    entry = asked(chosen[loader][1](made, folder, "open"), made, options.timeout, MEMORY_LIMIT)
                 except turns.RunError as error:
                     entry = {"failed": str(error)}
                 found.setdefault(loader, {})[str(samples)] = entry

@@ -75,7 +75,9 @@ def measured(packer: Packer, made: environments.Made, source: Path, tokenizer: P
     with tempfile.TemporaryDirectory(dir=options.cache) as folder:
         job = Job(source, Path(folder), tokenizer, options.workers)
         commands = packer.commands(job, made)
-        usage = turns.run(commands, cores=options.workers, timeout=options.timeout, folder=Path(folder))
+        usage = turns.run(
+            commands, cores=options.workers, timeout=options.timeout, folder=job.output, environment=made.variables()
+        )
         digest, size = xxhash.xxh3_128(), 0
         for part in packer.tokens(job):
             digest.update(part)
