@@ -47,7 +47,7 @@ class BestFitDataset:
         self._plan = plan(self._lengths, sequence_length)
         self.sequence_length = sequence_length
         self.largest_id = manifest.largest_id
-        self.bytes_per_token = manifest.text_bytes / manifest.tokens
+        self.bytes_per_token = manifest.text_bytes / manifest.tokens or None  # 0: converted, unknown
         self.fingerprint = fingerprint(f"best_fit {BEST_FIT_VERSION}", manifest.fingerprint, sequence_length)
         self.fill = self._plan.fill
         self._masked = any(shard.mask is not None for shard in manifest.shards)

@@ -57,7 +57,7 @@ class PackedDataset:
             )
         self.sequence_length = sequence_length
         self.largest_id = manifest.largest_id
-        self.bytes_per_token = manifest.text_bytes / manifest.tokens
+        self.bytes_per_token = manifest.text_bytes / manifest.tokens or None  # 0: converted, unknown
         kind = "packed" if documents == "joined" else "packed separate"
         self.fingerprint = fingerprint(kind, manifest.fingerprint, sequence_length)
         self._separate = documents == "separate"
