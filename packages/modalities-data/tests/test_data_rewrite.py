@@ -106,7 +106,7 @@ def test_lines_keep_their_bytes_but_for_ends_and_mark(tmp_path) -> None:
 @pytest.mark.parametrize("parts", [1, 3, 7])
 def test_chunks_share_out_every_document_equally(folder, tmp_path, parts) -> None:
     found, sizes = [], []
-    for part in range(parts):
+    for part in range(1, parts + 1):
         made = chunk([folder, folder], tmp_path / str(part), part, parts)
         verify(tmp_path / str(part))
         found += contents(tmp_path / str(part))
@@ -129,9 +129,9 @@ def test_a_shuffled_chunk_has_the_documents_of_the_plain_one(folder, tmp_path) -
     plain, shuffled = contents(tmp_path / "plain"), contents(tmp_path / "shuffled")
     assert Counter(plain) == Counter(shuffled) and plain != shuffled
     with pytest.raises(DataError, match="has no documents"):
-        chunk([folder], tmp_path / "none", 2, 1_000_000)
-    with pytest.raises(ConfigError, match="numbers 0 to 2, not 3"):
-        chunk([folder], tmp_path / "none", 3, 3)
+        chunk([folder], tmp_path / "none", 3, 1_000_000)
+    with pytest.raises(ConfigError, match="numbers 1 to 3, not 4"):
+        chunk([folder], tmp_path / "none", 4, 3)
     with pytest.raises(DataError, match="plain exists already"):
         chunk([folder], tmp_path / "plain", 1, 3)
     before = contents(tmp_path / "plain")
@@ -144,7 +144,7 @@ def test_folders_of_different_tokenizers_are_not_joined(folder, lorem_file, tmp_
     pack(lorem_file, tmp_path / "other", HuggingFaceTokenizer(tmp_path / "other.json"), workers=1)
     prints = [read_manifest(path).tokenizer.fingerprint for path in (folder, tmp_path / "other")]
     with pytest.raises(DataError, match="different tokenizers") as caught:
-        chunk([folder, tmp_path / "other"], tmp_path / "out", 0, 2)
+        chunk([folder, tmp_path / "other"], tmp_path / "out", 1, 2)
     assert all(found in caught.value.message for found in prints)
     assert not (tmp_path / "out").exists()
 
@@ -231,7 +231,7 @@ def test_the_commands(command, folder, lorem_file, tmp_path) -> None:
     assert (shuffled["written"], shuffled["fingerprint"]) == (400, verify(tmp_path / "shuffled").fingerprint)
     assert run("shuffle", lorem_file, tmp_path / "shuffled.jsonl")["written"] == 400
     assert Counter(documents(tmp_path / "shuffled.jsonl")) == Counter(documents(lorem_file))
-    parts = [run("chunk", folder, tmp_path / f"part-{part}", "--part", f"{part}/2") for part in range(2)]
+    parts = [run("chunk", folder, tmp_path / f"part-{part}", "--part", f"{part}/2") for part in (1, 2)]
     assert sum(part["written"] for part in parts) == 400
     rules = ("--max-tokens", 300, "--not-contains", "ünï", "--not-contains", "😀")
     kept = run("filter", folder, tmp_path / "filtered", *rules)
@@ -240,7 +240,7 @@ def test_the_commands(command, folder, lorem_file, tmp_path) -> None:
     lines = run("filter", lorem_file, tmp_path / "filtered.jsonl", *rules, "--tokenizer", folder / "tokenizer.json")
     assert lines["written"] == kept["written"]
     mistakes = {
-        ("chunk", folder, tmp_path / "x", "--part", "2/2"): (2, "not like 0/4"),
+        ("chunk", folder, tmp_path / "x", "--part", "3/2"): (2, "is not I/N"),
         ("filter", folder, tmp_path / "x"): (2, "no rule to filter by"),
         ("filter", lorem_file, tmp_path / "x", "--key-equals", "lang"): (2, "not like KEY=VALUE"),
         ("filter", lorem_file, tmp_path / "x", "--predicate", "none"): (2, "there is no predicate 'none'"),

@@ -34,12 +34,14 @@ class Index:
     lengths: (sequences,) int32, in tokens.
     pointers: (sequences,) int64, in bytes.
     entries: (documents + 1,) int64, the first sequence of each document.
+    modes: (sequences,) int8 of a multimodal file, 0 for text; None elsewhere.
     """
 
     dtype: np.dtype
     lengths: np.ndarray
     pointers: np.ndarray
     entries: np.ndarray
+    modes: np.ndarray | None = None
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -96,7 +98,9 @@ def read_index(path: Path, content: bytes | memoryview, bin_bytes: int) -> Index
     dtype = np.dtype(DTYPE_CODES[code])
     lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
     pointers = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
-    index = Index(dtype, lengths, pointers, np.frombuffer(content, "<i8", entries, HEADER.size + 12 * sequences))
+    document_entries = np.frombuffer(content, "<i8", entries, HEADER.size + 12 * sequences)
+    modes = np.frombuffer(content, "i1", sequences, expected) if len(content) > expected else None
+    index = Index(dtype, lengths, pointers, document_entries, modes)
     end = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
     if end != bin_bytes:
         raise DataError(f"{path}: its last document ends at byte {end}, but the .bin file has {bin_bytes} bytes")

@@ -1,6 +1,31 @@
 """The commands: thin, every heavy import inside the one that needs it. One module per topic registers its own."""
 
-from modalities_data.commands import chunk, corpus, filter, index, look, merge, pack, shuffle, split, tokenizer
+from modalities_data.commands import (
+    chunk,
+    convert,
+    corpus,
+    filter,
+    index,
+    look,
+    merge,
+    pack,
+    shuffle,
+    split,
+    tokenizer,
+)
 from modalities_data.commands.group import data
 
-__all__ = ["chunk", "corpus", "data", "filter", "index", "look", "merge", "pack", "shuffle", "split", "tokenizer"]
+__all__ = [
+    "chunk",
+    "convert",
+    "corpus",
+    "data",
+    "filter",
+    "index",
+    "look",
+    "merge",
+    "pack",
+    "shuffle",
+    "split",
+    "tokenizer",
+]

@@ -11,23 +11,22 @@ from modalities_data.terminal import amount, packing_progress, say, summarize
 
 
 class _Part(click.ParamType):
-    """``2/8``: the number of a part, from zero, and how many there are."""
+    """``2/8``: the number of a part, from one, and how many there are."""
 
     name = "i/n"
 
     def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
+        """The two numbers."""
         first, _, second = str(value).partition("/")
-        if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-            self.fail(f"{value!r} is not like 0/4, with parts numbered from 0", param, ctx)
+        if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+            self.fail(f"{value!r} is not I/N, such as 1/4 for the first of four parts", param, ctx)
         return int(first), int(second)
 
 
 @data.command()
 @click.argument("sources", metavar="FOLDERS...", nargs=-1, required=True, type=PATH)
 @click.argument("output", type=PATH)
-@click.option("--part", type=_Part(), required=True, help="Which of how many, such as 0/4; numbered from 0.")
+@click.option("--part", type=_Part(), required=True, metavar="I/N", help="The I-th of N parts, such as 1/4.")
 @click.option("--seed", type=int, help="Shuffle the documents of the part.")
 @click.option("--shard-tokens", type=click.IntRange(1), default=1 << 27, show_default=True,
               help="Tokens per shard, at least.")  # fmt: skip
@@ -42,7 +41,7 @@ def chunk(
     The parts together have every document once. Bytes of text are estimated where a shard is cut.
 
     \b
-    Example: modalities-data chunk books web part-0 --part 0/4 --seed 1
+    Example: modalities-data chunk books web part-1 --part 1/4 --seed 1
     """
     from modalities_data.prepare.chunk import chunk as write_chunk
 

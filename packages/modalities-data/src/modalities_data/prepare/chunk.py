@@ -32,7 +32,7 @@ def chunk(
     Args:
         sources: packed folders of one tokenizer.
         output: the packed folder to make.
-        part: 0 to parts - 1.
+        part: 1 to parts.
         parts: how many there are.
         seed: shuffle the documents of the part; None leaves them in their order.
         shard_tokens: tokens per shard, at least.
@@ -43,8 +43,8 @@ def chunk(
         ConfigError: the part or the seed is out of range.
         DataError: a source is damaged, the tokenizers differ, the output exists, or the part has no documents.
     """
-    if not 0 <= part < parts:
-        raise ConfigError(f"of {parts} parts there are numbers 0 to {parts - 1}, not {part}")
+    if not 1 <= part <= parts:
+        raise ConfigError(f"of {parts} parts there are numbers 1 to {parts}, not {part}")
     if seed is not None:
         check_seed(seed)
     joined = JoinedFolders(sources)
@@ -68,7 +68,7 @@ def _bounds(joined: JoinedFolders, part: int, parts: int) -> Iterator[tuple[int,
     for folder in joined.folders:
         count, tokens = folder.manifest.documents, folder.manifest.tokens
         # Documents that begin before a cut: cuts are exact integers, however many tokens there are.
-        cuts = [-(-tokens * number // parts) for number in (part, part + 1)]
+        cuts = [-(-tokens * number // parts) for number in (part - 1, part)]
         begun = [0, 0]
         before = 0
         for _ in folder.manifest.shards:

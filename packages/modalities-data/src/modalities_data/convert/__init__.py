@@ -1,0 +1,1 @@
+"""Packed folders from and to what other programs write."""

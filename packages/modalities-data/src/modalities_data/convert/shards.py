@@ -1,0 +1,290 @@
+"""Tokens that lie in somebody else's file to a shard of a packed folder: linked where they can stay as they are."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from modalities_core.errors import ConfigError, DataError
+from modalities_core.files import CHUNK_BYTES, checksum, replacing
+from modalities_core.interfaces import Tokenizer
+from modalities_data.disk import user_errors
+from modalities_data.manifest import (
+    Accounting,
+    Input,
+    Manifest,
+    Shard,
+    Sidecar,
+    Source,
+    TokenizerRecord,
+    write_manifest,
+)
+from modalities_data.megatron_index import LONGEST_DOCUMENT, index_bytes, token_dtype, write_index
+from modalities_data.packed import CHECKSUM_BLOCK, writing_shard
+from modalities_data.prepare.folder import check_replaceable, partial_folder
+from modalities_data.prepare.rewrite import finish, making_folder
+from modalities_data.prepare.shards import shard_name
+from modalities_data.tokenizers.opening import UNKNOWN_ENGINE
+
+BATCH_TOKENS = 1 << 22
+STORED_AS = {"<u2": "uint16", "<i4": "int32", "<u4": "int32"}
+"""Which of our dtypes has the same bytes: 32 bits without sign are the same below 2**31."""
+
+
+class RawTokens(NamedTuple):
+    """Documents in a file.
+
+    path: of the file.
+    offset: bytes before the first token.
+    dtype: of the tokens, little-endian.
+    tokens: how many there are in the file, from ``offset`` on.
+    starts, lengths: (documents,) int64, in tokens.
+    mask: a file with one byte per token, 1 where it counts as a target; None where all do.
+    """
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    tokens: int
+    starts: np.ndarray
+    lengths: np.ndarray
+    mask: Path | None = None
+
+    def back_to_back(self) -> bool:
+        """Whether the documents are exactly what is in the file, in its order."""
+        ends = np.cumsum(self.lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        return total == self.tokens and np.array_equal(self.starts, ends - self.lengths)
+
+    def mapped(self) -> np.ndarray:
+        """(tokens,) read-only."""
+        if not self.tokens:
+            return np.empty(0, self.dtype)
+        with user_errors(self.path), self.path.open("rb") as stream:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(content, self.dtype, self.tokens, self.offset)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the ids of a file without a manifest mean.
+
+    vocab_size: one more than the largest id there can be.
+    end_of_document: the id that ends every document.
+    tokenizer: that made the ids; None where unknown.
+    """
+
+    vocab_size: int
+    end_of_document: int
+    tokenizer: Tokenizer | None = None
+
+    @staticmethod
+    def of(tokenizer: Tokenizer | None, vocab_size: int | None, end_of_document: int | None) -> Vocabulary:
+        """From a tokenizer, or from the two numbers.
+
+        Raises:
+            ConfigError: neither is there, both contradict each other, or the end is not in the vocabulary.
+        """
+        if tokenizer is not None:
+            if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+                raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the vocabulary size is {vocab_size}")
+            vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+            end_of_document = tokenizer.end_of_document if end_of_document is None else end_of_document
+        if vocab_size is None or end_of_document is None:
+            raise ConfigError(
+                "these files do not say what their ids mean",
+                hint="pass --tokenizer, or --vocab-size and --end-id",
+            )
+        if not 0 <= end_of_document < vocab_size <= 2**31:
+            raise ConfigError(f"end-of-document id {end_of_document} is not in a vocabulary of {vocab_size} ids")
+        return Vocabulary(vocab_size, end_of_document, tokenizer)
+
+    def record(self) -> TokenizerRecord:
+        """For the manifest."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return TokenizerRecord("", UNKNOWN_ENGINE, "")
+        return TokenizerRecord(
+            tokenizer.fingerprint, getattr(tokenizer, "engine", type(tokenizer).__name__), "",
+            getattr(tokenizer, "end_of_document_token", ""),
+        )  # fmt: skip
+
+
+def write_converted(
+    sources: Sequence[RawTokens],
+    output: Path,
+    vocabulary: Vocabulary,
+    *,
+    options: dict[str, Any],
+    inputs: Sequence[Path],
+    append_end: bool = False,
+    copy: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
+    """Make a packed folder of tokens in files, one shard each; every id is read and checked.
+
+    A file whose bytes can stay as they are becomes a hard link, or a copy on another file system; others are written
+    anew. Bytes of text are unknown, 0 in the manifest. Documents without a token are skipped as ``empty``.
+
+    Args:
+        sources: in the order of the shards.
+        output: the folder to make.
+        vocabulary: of all of them.
+        options: for the manifest.
+        inputs: files that were read, for the manifest.
+        append_end: put the end-of-document id behind documents that lack it.
+        copy: never link.
+        overwrite: replace an existing packed folder.
+
+    Raises:
+        DataError: an id is not in the vocabulary, a document does not end with the end-of-document id, there is none,
+            or the output exists.
+        ResourceError: the disk is full.
+    """
+    output = Path(os.path.abspath(output))
+    check_replaceable(output, overwrite)
+    partial = partial_folder(output)
+    stored = {STORED_AS.get(source.dtype.str) for source in sources}
+    dtype = (stored.pop() if len(stored) == 1 else None) or token_dtype(vocabulary.vocab_size)
+    shards: list[Shard] = []
+    counts = Accounting()
+    with user_errors(partial), making_folder(partial, {"options": options, "started": time.time_ns()}):
+        for source in sources:
+            kept = _without_empty(source)
+            counts += Accounting(len(source.lengths), len(kept.lengths), _rule(len(source.lengths) - len(kept.lengths)))
+            if len(kept.lengths):
+                shards.append(_write(kept, partial, shard_name(len(shards)), dtype, vocabulary, append_end, copy))
+        if not shards:
+            raise DataError("there is no document to convert")
+        save = getattr(vocabulary.tokenizer, "save", None)
+        if save is not None:
+            save(partial)
+        manifest = Manifest(
+            dtype=dtype, vocab_size=vocabulary.vocab_size, largest_id=max(shard.largest_id for shard in shards),
+            end_of_document=vocabulary.end_of_document, tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents for shard in shards), text_bytes=0, tokenizer=vocabulary.record(),
+            accounting=counts, shards=shards, producer=f"modalities-data {version('modalities-data')}",
+            options=options, inputs=[Input(str(path), path.stat().st_size, checksum(path)) for path in inputs],
+        )  # fmt: skip
+        write_manifest(partial, manifest)
+        finish(partial, output, overwrite)
+    return manifest
+
+
+def _rule(empty: int) -> dict[str, int]:
+    return {"empty": empty} if empty else {}
+
+
+def _without_empty(source: RawTokens) -> RawTokens:
+    has_tokens = source.lengths > 0
+    if has_tokens.all():
+        return source
+    return source._replace(starts=source.starts[has_tokens], lengths=source.lengths[has_tokens])
+
+
+def _write(
+    source: RawTokens, folder: Path, name: str, dtype: str, vocabulary: Vocabulary, append_end: bool, copy: bool
+) -> Shard:
+    """One shard, from one file."""
+    if int(source.lengths.max()) >= LONGEST_DOCUMENT:
+        raise DataError(f"{source.path}: a document has {int(source.lengths.max())} tokens, too many for the format")
+    tokens = source.mapped()
+    lacking = tokens[source.starts + source.lengths - 1] != vocabulary.end_of_document
+    if lacking.any() and not append_end:
+        raise DataError(
+            f"{source.path}: {int(lacking.sum())} of {len(lacking)} documents do not end with id "
+            f"{vocabulary.end_of_document}, the first of them document {int(np.argmax(lacking))}",
+            hint="is this the right end-of-document id? --append-end puts it where it is missing",
+        )
+    as_it_is = not source.offset and STORED_AS.get(source.dtype.str) == dtype and source.back_to_back()
+    whole = as_it_is and source.path.stat().st_size == tokens.nbytes
+    if whole and not lacking.any():
+        return _linked(source, tokens, folder, name, dtype, vocabulary, copy)
+    return _rewritten(source, tokens, lacking, folder, name, dtype, vocabulary)
+
+
+def _linked(
+    source: RawTokens, tokens: np.ndarray, folder: Path, name: str, dtype: str, vocabulary: Vocabulary, copy: bool
+) -> Shard:
+    """The file as it is; its checksums, and every id checked."""
+    link_or_copy(source.path, folder / f"{name}.bin", copy)
+    whole, blocks, largest = xxhash.xxh3_64(), [], 0
+    data = tokens.data.cast("B")
+    for start in range(0, len(data), CHECKSUM_BLOCK):
+        part = data[start : start + CHECKSUM_BLOCK]
+        whole.update(part)
+        blocks.append(xxhash.xxh3_64_hexdigest(part))
+        largest = max(largest, _largest(np.frombuffer(part, source.dtype), source, vocabulary))
+    with replacing(folder / f"{name}.idx") as stream:
+        write_index(stream, dtype, source.lengths)
+    mask = None
+    if source.mask is not None:
+        link_or_copy(source.mask, folder / f"{name}.mask", copy)
+        mask = Sidecar(len(tokens), checksum(source.mask))
+    return Shard(
+        name=name, tokens=len(tokens), documents=len(source.lengths), bytes=len(data),
+        index_bytes=index_bytes(len(source.lengths)), text_bytes=0, largest_id=largest, checksum=whole.hexdigest(),
+        block_checksums=blocks, index_checksum=checksum(folder / f"{name}.idx"),
+        source=Source(str(source.path), 0, len(data)), mask=mask,
+    )  # fmt: skip
+
+
+def _rewritten(
+    source: RawTokens, tokens: np.ndarray, lacking: np.ndarray, folder: Path, name: str, dtype: str,
+    vocabulary: Vocabulary,
+) -> Shard:  # fmt: skip
+    """The documents copied one after the other, with their missing ends."""
+    mask = None if source.mask is None else np.memmap(source.mask, np.uint8, "r")
+    end = np.array([vocabulary.end_of_document], dtype)
+    with writing_shard(folder, name, dtype, mask=mask is not None) as writer:
+        for first, last in _batches(source.lengths):
+            parts, masks = [], []
+            rows = zip(source.starts[first:last], source.lengths[first:last], lacking[first:last], strict=True)
+            for start, length, lacks in rows:
+                ids = tokens[start : start + length]
+                _largest(ids, source, vocabulary)
+                parts += [ids.astype(dtype), end] if lacks else [ids.astype(dtype)]
+                if mask is not None:
+                    masks += [mask[start : start + length], np.ones(int(lacks), np.uint8)]
+            lengths = source.lengths[first:last] + lacking[first:last]
+            writer.append(np.concatenate(parts), lengths, 0, np.concatenate(masks) if masks else None)
+    used = Source(str(source.path), source.offset, source.offset + source.tokens * source.dtype.itemsize)
+    return writer.shard(checksum(folder / f"{name}.idx"), used)
+
+
+def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last document of about BATCH_TOKENS tokens."""
+    group = (np.cumsum(lengths) - 1) // BATCH_TOKENS
+    yield from pairwise([0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(lengths)])
+
+
+def _largest(ids: np.ndarray, source: RawTokens, vocabulary: Vocabulary) -> int:
+    """The largest id, if all are in the vocabulary."""
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < 0 or largest >= vocabulary.vocab_size:
+        found = smallest if smallest < 0 else largest
+        raise DataError(f"{source.path}: id {found} is not in a vocabulary of {vocabulary.vocab_size} ids")
+    return largest
+
+
+def link_or_copy(source: Path, target: Path, copy: bool = False) -> None:
+    """Make ``target`` a hard link to ``source``, or a durable copy where there can be none or ``copy`` asks for it."""
+    if not copy:
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError:  # another file system, or one without links
+            target.unlink(missing_ok=True)
+    with source.open("rb") as stream, replacing(target) as output:
+        shutil.copyfileobj(stream, output, CHUNK_BYTES)
