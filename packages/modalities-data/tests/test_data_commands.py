@@ -141,7 +141,8 @@ MISTAKES = {
     "existing file": (["corpus", "lorem", "x.jsonl", "--documents", "1"], 3, "x.jsonl exists already"),
     "no folder": (["verify", "none"], 3, "none is no folder"),
     "a file": (["inspect", "x.jsonl"], 3, "x.jsonl is no folder"),
-    "a folder": (["split", ".", "a", "b"], 3, "Is a directory"),
+    "too few": (["split", ".", "a", "b"], 3, "of 1 documents in ./x.jsonl"),
+    "empty pattern": (["split", "*.txt", "a", "b"], 3, "*.txt: there is no such file"),
     "fraction": (["split", "x.jsonl", "a", "b", "--fraction", "7"], 2, "between 0 and 1"),
     "folder of output": (["corpus", "lorem", "x.jsonl/y", "--documents", "1"], 3, "x.jsonl"),
 }

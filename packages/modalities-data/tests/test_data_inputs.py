@@ -20,6 +20,7 @@ from modalities_data.inputs.units import cut
 from modalities_data.lorem import lorem_document
 from modalities_data.packed import PackedFolder
 from modalities_data.prepare.pack import pack
+from modalities_data.prepare.split import split
 from modalities_data.tokenizers.bytes import BytesTokenizer
 
 TEXTS = [lorem_document(5, number) + ("ünï \U0001f600" if number % 3 == 0 else "") for number in range(60)]
@@ -98,7 +99,8 @@ def test_files_folders_patterns_in_the_order_of_their_names(tmp_path, caplog) ->
         names = [Path(file.name).relative_to(tmp_path).as_posix() for file in find_inputs(tmp_path)]
     assert names == ["a/c.parquet", "a/z.jsonl.gz", "b.jsonl"]
     assert "1 files of other kinds are not read" in caplog.text and "readme.md" in caplog.text
-    assert [Path(file.name).name for file in find_inputs(f"{tmp_path}/**/*.jsonl*")] == ["z.jsonl.gz", "b.jsonl"]
+    matches = [Path(file.name).name for file in find_inputs(f"{tmp_path}/**/*.jsonl*")]
+    assert matches == ["x.jsonl", "z.jsonl.gz", "b.jsonl"]
     given_order = find_inputs([tmp_path / "b.jsonl", tmp_path / "a"])
     assert [Path(file.name).name for file in given_order] == ["b.jsonl", "c.parquet", "z.jsonl.gz"]
     assert [file.format for file in find_inputs(tmp_path / "readme.md")] == ["jsonl"]
@@ -106,6 +108,30 @@ def test_files_folders_patterns_in_the_order_of_their_names(tmp_path, caplog) ->
     with caplog.at_level(logging.WARNING):
         assert len(find_inputs([tmp_path / "b.jsonl"] * 2)) == 2
     assert "more than once" in caplog.text
+
+
+def test_what_a_pattern_names_is_not_hidden_and_a_dot_is_a_folder(tmp_path, monkeypatch) -> None:
+    write(tmp_path / "_raw" / "_x.jsonl", ["a"])
+    write(tmp_path / "_raw" / ".y.jsonl", ["b"])
+    assert [Path(file.name).name for file in find_inputs(f"{tmp_path}/_raw/*.jsonl")] == ["_x.jsonl"]
+    monkeypatch.chdir(tmp_path / "_raw")
+    with pytest.raises(DataError, match="there is no such file"):
+        find_inputs(".")
+    write(tmp_path / "_raw" / "z.jsonl", ["c"])
+    assert [file.name for file in find_inputs(".")] == ["./z.jsonl"]
+
+
+def test_splitting_reads_every_format_and_keeps_lines_as_they_are(tmp_path) -> None:
+    write(tmp_path / "in" / "a.parquet", TEXTS[:30])
+    (tmp_path / "in" / "b.jsonl").write_text(
+        "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS[30:]))
+    )
+    report = split(tmp_path / "in", tmp_path / "train.jsonl", tmp_path / "held-out.jsonl", 0.3)
+    sides = [(tmp_path / name).read_text().splitlines() for name in ("train.jsonl", "held-out.jsonl")]
+    assert [len(side) for side in sides] == [report.train, report.held_out] and min(map(len, sides)) > 5
+    texts = [json.loads(line)["text"] for side in sides for line in side]
+    assert sorted(texts) == sorted(TEXTS)
+    assert set((tmp_path / "in" / "b.jsonl").read_text().splitlines()) <= {line for side in sides for line in side}
 
 
 def test_nothing_there_is_an_error_that_says_what_is_read(tmp_path) -> None:

@@ -38,8 +38,8 @@ def _part(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.argument("output", type=PATH)
 @click.option("--tokenizer", required=True, metavar="PATH|bytes", help="A tokenizer.json, or bytes.")
 @end_option
-@click.option("--engine", type=click.Choice(["auto", "fastokens", "gigatoken", "tokenizers"]), default="auto", show_default=True,
-              help="What computes the ids; auto takes the fastest that is exact.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["auto", "fastokens", "gigatoken", "tokenizers"]), default="auto",
+              show_default=True, help="What computes the ids; auto takes the fastest that is exact.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Processes; one per available core by default.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="What to do with a record that is no document.")  # fmt: skip

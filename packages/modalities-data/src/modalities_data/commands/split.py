@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from modalities_data.commands.group import PATH, as_json_option, data, key_option, overwrite_option
+from modalities_data.commands.group import PATH, as_json_option, data, format_option, key_option, overwrite_option
 from modalities_data.terminal import say, summarize
+
+if TYPE_CHECKING:
+    from modalities_data.inputs.files import FormatChoice
 
 
 @data.command()
-@click.argument("source", metavar="INPUT", type=PATH)
+@click.argument("sources", metavar="INPUT...", nargs=-1, required=True)
 @click.argument("train", type=PATH)
 @click.argument("held_out", metavar="HELD_OUT", type=PATH)
 @click.option("--fraction", default=0.01, show_default=True, help="How much to hold out.")
 @click.option("--seed", default=0, show_default=True, help="Chooses another split.")
 @key_option
+@format_option
 @overwrite_option
 @as_json_option
 def split(
-    source: Path, train: Path, held_out: Path, fraction: float, seed: int, key: str, overwrite: bool, as_json: bool
-) -> None:
-    """Split the documents of INPUT into TRAIN and HELD_OUT by a hash of their text.
+    sources: tuple[str, ...], train: Path, held_out: Path, fraction: float, seed: int, key: str,
+    format_: FormatChoice, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Split the documents of INPUT... into TRAIN and HELD_OUT, JSONL files, by a hash of their text.
+
+    Inputs are what `pack` reads.
 
     \b
     Example: modalities-data split corpus.jsonl train.jsonl held-out.jsonl --fraction 0.01
@@ -32,6 +40,6 @@ def split(
 
     for path in (train, held_out):
         refuse_existing(path, overwrite)
-    report = split_file(source, train, held_out, fraction, seed, key)
+    report = split_file(sources, train, held_out, fraction, seed, key, format_)
     say(f"{train}: {report.train} documents\n{held_out}: {report.held_out} documents", as_json)
     summarize(report._asdict(), as_json)

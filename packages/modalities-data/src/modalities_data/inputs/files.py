@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_data.disk import user_errors
-from modalities_data.inputs.remote import is_address, list_remote
+from modalities_data.inputs.remote import Listing, is_address, list_remote
 
 Format = Literal["jsonl", "parquet", "text"]
 FormatChoice = Literal["auto", "jsonl", "parquet", "text"]
@@ -70,16 +70,16 @@ def find_inputs(sources: Sources, format: FormatChoice = "auto") -> list[InputFi
 def _expand(source: str, format: FormatChoice) -> list[InputFile]:
     """The files of one source."""
     with user_errors(source):
-        listed = list_remote(source) if is_address(source) else _list_local(source)
-    if [entry[0] for entry in listed] == [source] or (len(listed) == 1 and is_address(source)):
-        return [_input(*listed[0], format)]
-    inside = source.rstrip("/")
-    visible = sorted(entry for entry in listed if not _hidden(entry[0].removeprefix(inside)))
+        kind, name, entries = list_remote(source) if is_address(source) else _list_local(source)
+    if kind == "file":
+        return [_input(*entries[0], format)]
+    # What a pattern matches was asked for by name.
+    visible = sorted(entry for entry in entries if kind == "pattern" or not _hidden(entry[0].removeprefix(name)))
     matches = [entry for entry in visible if format != "auto" or _format(entry[0])[0] is not None]
     if not matches:
         raise DataError(
             f"{source} has no input files ({len(visible)} others)" if visible else f"{source}: there is no such file",
-            hint=f"endings that are read: {', '.join(FORMATS)}, the first two also with .gz or .zst; or say --format",
+            hint=f"endings that are read: {', '.join(FORMATS)}, text also with .gz or .zst behind; or say --format",
         )
     if len(matches) < len(visible):
         others = [entry[0] for entry in visible if entry not in set(matches)]
@@ -87,17 +87,17 @@ def _expand(source: str, format: FormatChoice) -> list[InputFile]:
     return [_input(*entry, format) for entry in matches]
 
 
-def _list_local(source: str) -> list[tuple[str, int, str]]:
-    """Name, size and time of the file, the folder's files or the pattern's matches."""
+def _list_local(source: str) -> Listing:
     path = Path(source)
     if path.is_dir():
-        names = [str(Path(root, name)) for root, _, files in os.walk(path) for name in files]
+        kind, names = "folder", [os.path.join(root, name) for root, _, files in os.walk(source) for name in files]
     elif not path.exists() and glob.has_magic(source):
-        names = [name for name in glob.glob(source, recursive=True) if not Path(name).is_dir()]
+        kind, names = "pattern", [name for name in glob.glob(source, recursive=True) if not os.path.isdir(name)]
     else:
-        names = [source]
+        kind, names = "file", [source]
     statuses = [(name, os.stat(name)) for name in names]
-    return [(name, status.st_size, str(status.st_mtime_ns)) for name, status in statuses]
+    entries = [(name, status.st_size, str(status.st_mtime_ns)) for name, status in statuses]
+    return Listing(kind, source, entries)  # type: ignore[arg-type]
 
 
 def _hidden(name: str) -> bool:

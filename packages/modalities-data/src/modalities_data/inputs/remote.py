@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from modalities_core.errors import ConfigError, DataError, ModalitiesError
+
+
+class Listing(NamedTuple):
+    """What a user's words stand for.
+
+    kind: of what was named.
+    name: of the folder or file, as the entries spell it.
+    entries: path or address, size and version of every file, unsorted.
+    """
+
+    kind: Literal["file", "folder", "pattern"]
+    name: str
+    entries: list[tuple[str, int, str]]
 
 
 def is_address(name: str) -> bool:
@@ -48,8 +61,8 @@ def open_remote(address: str) -> BinaryIO:
         return system.open(path, "rb", cache_type="readahead")
 
 
-def list_remote(address: str) -> list[tuple[str, int, str]]:
-    """Address, size and version of the file, of every file in the folder, or of every match of a pattern, unsorted.
+def list_remote(address: str) -> Listing:
+    """The file, every file in the folder, or every match of a pattern.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -57,13 +70,14 @@ def list_remote(address: str) -> list[tuple[str, int, str]]:
     with remote_errors(address):
         system, path = file_system(address)
         if any(character in path for character in "*?["):
-            found = system.glob(path, detail=True)
+            kind, found = "pattern", system.glob(path, detail=True)
         elif system.isdir(path):
-            found = system.find(path, detail=True)
+            kind, found = "folder", system.find(path, detail=True)
         else:
-            found = {path: system.info(path)}
+            kind, found = "file", {path: system.info(path)}
         files = {name: info for name, info in found.items() if info["type"] == "file"}
-        return [(system.unstrip_protocol(name), *_size_and_version(name, info)) for name, info in files.items()]
+        entries = [(system.unstrip_protocol(name), *_size_and_version(name, info)) for name, info in files.items()]
+        return Listing(kind, system.unstrip_protocol(path), entries)  # type: ignore[arg-type]
 
 
 def _size_and_version(name: str, info: dict[str, Any]) -> tuple[int, str]:
