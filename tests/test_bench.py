@@ -41,6 +41,13 @@ def test_cpu_seconds_include_children(bench):
     assert usage.output == "done\ndone\n"
 
 
+def test_cpu_seconds_include_what_nobody_waited_for(bench):
+    turns = bench("turns")
+    nested = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {BURN!r}])"
+    usage = turns.run([python(nested)], cores=1, timeout=60)
+    assert 0.3 <= usage.cpu < 1.5
+
+
 def test_peak_memory_is_the_commands_not_ours(bench):
     turns = bench("turns")
     ballast = np.ones(300 << 17)  # 300 MiB that the command does not have

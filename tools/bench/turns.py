@@ -1,15 +1,17 @@
 """Run commands in turn and measure them: wall time, CPU seconds and peak memory of the whole process tree.
 
-CPU seconds (user and system, with every child that was waited for) hardly move when the machine has other work, wall
-time does: claims are made per CPU second.
+CPU seconds (user and system, of every process) hardly move when the machine has other work, wall time does: claims are
+made per CPU second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import platform
+import resource
 import signal
 import statistics
 import subprocess
@@ -23,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_FOR_ORPHANS = 10.0
+PR_SET_CHILD_SUBREAPER = 36
 # Nothing may ask a hub or report to a service while it is timed.
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -90,11 +94,10 @@ def _run(
     def prepare() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
         if memory_limit is not None:
-            import resource
-
             resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
 
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        _adopt_orphans(True)
         started = time.monotonic()
         process = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=folder, start_new_session=True,
@@ -106,6 +109,8 @@ def _run(
         try:
             # wait4 alone tells the resources of this child and of all it waited for.
             _, status, resources = os.wait4(process.pid, 0)
+            wall = time.monotonic() - started
+            cpu = _cpu_seconds(resources) + _orphans(process.pid)
         except BaseException:
             _kill(process.pid)
             os.waitpid(process.pid, 0)
@@ -113,7 +118,7 @@ def _run(
         finally:
             late.cancel()
             peak.stop()
-        wall = time.monotonic() - started
+            _adopt_orphans(False)
         process.returncode = os.waitstatus_to_exitcode(status)
         texts = []
         for stream in (out, err):
@@ -123,9 +128,34 @@ def _run(
             reason = "took too long" if wall >= timeout else f"ended with {process.returncode}"
             last = " | ".join((texts[1] or texts[0]).strip().splitlines()[-3:])
             raise RunError(f"{Path(command[0]).name} {reason}: {last}")
-    cpu = resources.ru_utime + resources.ru_stime
     # ru_maxrss would not do: it begins with what this process held when it forked.
     return Usage(wall, cpu, peak.bytes, texts[0])
+
+
+def _cpu_seconds(resources: resource.struct_rusage) -> float:
+    return resources.ru_utime + resources.ru_stime
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    """Whether processes whose parent ended become children of this one, and can be waited for."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _orphans(group: int) -> float:
+    """CPU seconds of what a command left behind; a server that starts its workers is not waited for by anybody else."""
+    cpu, end = 0.0, time.monotonic() + SECONDS_FOR_ORPHANS
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, _, resources = os.wait4(-group, os.WNOHANG)
+            if pid:
+                cpu += _cpu_seconds(resources)
+            elif time.monotonic() > end:
+                _kill(group)
+                end = float("inf")
+            else:
+                time.sleep(0.01)
+    return cpu
 
 
 def _kill(group: int) -> None:
