@@ -1,6 +1,7 @@
 """The commands: thin, every heavy import inside the one that needs it. One module per topic registers its own."""
 
 from modalities_data.commands import (
+    chat,
     chunk,
     convert,
     corpus,
@@ -16,6 +17,7 @@ from modalities_data.commands import (
 from modalities_data.commands.group import data
 
 __all__ = [
+    "chat",
     "chunk",
     "convert",
     "corpus",

@@ -44,6 +44,8 @@ class BestFitDataset:
         check_length(self, sequence_length)
         self._packed = PackedFolder(Path(path))
         manifest = self._packed.manifest
+        if not manifest.documents:
+            raise DataError(f"{path} has no documents")
         self._plan = plan(self._lengths, sequence_length)
         self.sequence_length = sequence_length
         self.largest_id = manifest.largest_id

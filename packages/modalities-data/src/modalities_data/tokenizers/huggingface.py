@@ -86,6 +86,11 @@ class HuggingFaceTokenizer:
         """The token written after every document, as text."""
         return self._end_token
 
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return self._content
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without any special token."""
         return self.encode_flat([text])[0].tolist()

@@ -1,0 +1,65 @@
+"""``chat``: conversations to tokens and a mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from modalities_data.commands.group import PATH, as_json_option, data, end_option, overwrite_option
+from modalities_data.terminal import amount, packing_progress, say, summarize
+
+
+@data.command()
+@click.argument("sources", metavar="INPUT...", nargs=-1, required=True)
+@click.argument("output", type=PATH)
+@click.option("--tokenizer", required=True, type=PATH, help="A tokenizer.json, or a folder with one.")
+@click.option("--template", type=PATH,
+              help="A Jinja file or a tokenizer_config.json; by default what lies beside the tokenizer.")  # fmt: skip
+@end_option
+@click.option("--key", default="messages", show_default=True, help="The JSON key that holds the list of messages.")
+@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="What to do with a line that is no conversation.")  # fmt: skip
+@overwrite_option
+@as_json_option
+def chat(
+    sources: tuple[str, ...], output: Path, tokenizer: Path, template: Path | None, end_of_document: str, key: str,
+    on_error: Literal["fail", "skip"], overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the conversations of INPUT..., JSONL files, into the packed folder OUTPUT.
+
+    A line holds {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The
+    folder's mask counts what the assistant says, and nothing else.
+
+    \b
+    Example: modalities-data chat conversations.jsonl chats --tokenizer model/tokenizer.json
+    """
+    from modalities_data.prepare.chat import pack_chat
+    from modalities_data.prepare.chat_template import CONFIG_NAME, read_template
+    from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
+
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    chosen = read_template(template or folder, folder / CONFIG_NAME)
+    ids = HuggingFaceTokenizer(tokenizer, end_of_document, "tokenizers")
+    with packing_progress() as progress:
+        report = pack_chat(sources, output, ids, chosen, on_error=on_error, overwrite=overwrite, key=key,
+                           on_progress=progress)  # fmt: skip
+    made, counts = report.manifest, report.manifest.accounting
+    skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
+    failed = f", {counts.failed} failed (see {output}/conversations.rejected.jsonl)" if counts.failed else ""
+    cut = f"; {report.cut_tokens} tokens lie across the border of a turn and do not count" if report.cut_tokens else ""
+    say(
+        f"{output}: {counts.written} of {counts.documents} conversations{skipped}{failed}; "
+        f"{amount(made.tokens, 'tokens')}, {report.counted_tokens / made.tokens:.0%} of them the assistant's{cut}; "
+        f"{report.seconds:.1f} s, {amount(report.bytes_read / report.seconds, 'B/s')}, "
+        f"{amount(made.tokens / report.seconds, 'tokens/s')}",
+        as_json,
+    )
+    summary = {
+        "output": str(output), "tokens": made.tokens, "counted_tokens": report.counted_tokens,
+        "cut_tokens": report.cut_tokens, "shards": len(made.shards), "documents": counts.documents,
+        "written": counts.written, "skipped": counts.skipped, "failed": counts.failed,
+        "seconds": round(report.seconds, 3), "bytes_read": report.bytes_read, "fingerprint": made.fingerprint,
+    }  # fmt: skip
+    summarize(summary, as_json)

@@ -1,0 +1,347 @@
+"""Conversations to a packed folder whose mask counts what the assistant says, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import Any, BinaryIO, NamedTuple, get_args
+
+import msgspec
+import numpy as np
+import xxhash
+
+from modalities_core.errors import ConfigError, DataError
+from modalities_core.files import checksum, replacing, write_text
+from modalities_data.disk import user_errors
+from modalities_data.inputs.files import InputFile, find_inputs
+from modalities_data.inputs.streams import Metered, decompressed, open_input
+from modalities_data.manifest import Accounting, Input, Manifest, Shard, TokenizerRecord, write_manifest
+from modalities_data.megatron_index import token_dtype
+from modalities_data.packed import writing_shard
+from modalities_data.prepare.chat_template import FILE_NAME, ChatTemplate, strings
+from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
+from modalities_data.prepare.shards import OnError, shard_name
+from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
+
+BATCH = 512
+READ_BYTES = 1 << 20
+SHARD_TOKENS = 1 << 27
+
+OnProgress = Callable[[int, int, int], None]
+
+
+class ChatReport(NamedTuple):
+    """A finished job.
+
+    counted_tokens: tokens that count as targets.
+    cut_tokens: tokens that the border of an assistant's turn runs through; they do not count.
+    """
+
+    manifest: Manifest
+    counted_tokens: int
+    cut_tokens: int
+    bytes_read: int
+    seconds: float
+
+
+class Encoded(NamedTuple):
+    """One conversation: ids with the end of document, which of them count, and how many were cut by a border."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    text_bytes: int
+    cut: int
+
+
+class ChatEncoder:
+    """Conversations to ids and masks.
+
+    Control tokens are those the template writes. A message that spells one out is refused: it could otherwise end its
+    own turn, or begin one of another role.
+
+    Args:
+        tokenizer: a tokenizer.json.
+        template: writes conversations as text.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer, template: ChatTemplate) -> None:
+        """Load the library that tells which characters each token stands for."""
+        from tokenizers import Tokenizer
+
+        description = json.loads(tokenizer.text)
+        specials = [entry["content"] for entry in description.get("added_tokens") or () if entry.get("special")]
+        # It only adds special tokens, which the template writes, and takes white space off the tokens' places.
+        description["post_processor"] = None
+        self._library = Tokenizer.from_str(json.dumps(description))
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._specials, self._template = specials, template
+        self._end = tokenizer.end_of_document
+
+    def encode(self, conversations: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> list[Encoded | DataError]:
+        """Each conversation, messages and further variables, as ids, or why it is none."""
+        found: list[Any] = []
+        for messages, others in conversations:
+            try:
+                self._refuse_specials(messages)
+                found.append(self._template.render(messages, others))
+            except DataError as error:
+                found.append(error)
+        texts = [rendering.text for rendering in found if not isinstance(rendering, DataError)]
+        encodings = iter(self._library.encode_batch(texts, add_special_tokens=False))
+        return [
+            rendering if isinstance(rendering, DataError) else self._masked(rendering, next(encodings))
+            for rendering in found
+        ]
+
+    def _masked(self, rendering: Any, encoding: Any) -> Encoded:
+        """A token counts if all its characters are the assistant's."""
+        text, spans = rendering
+        inside = np.zeros(len(text) + 1, np.int64)
+        for begin, end in spans:
+            inside[begin:end] = 1
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        covered = np.diff(np.concatenate([[0], np.cumsum(inside)])[places], axis=1)[:, 0]
+        widths = places[:, 1] - places[:, 0]
+        # A token of no character, such as a blank put in front, goes with the character behind it.
+        mask = np.where(widths > 0, covered == widths, inside[places[:, 0]] == 1)
+        ids = np.array(encoding.ids, np.uint32)
+        if not len(ids) or ids[-1] != self._end:
+            ids, mask = np.append(ids, np.uint32(self._end)), np.append(mask, False)
+        cut = int(((covered > 0) & (covered < widths)).sum())
+        return Encoded(ids, mask.astype(np.uint8), len(text.encode()), cut)
+
+    def _refuse_specials(self, messages: list[dict[str, Any]]) -> None:
+        for text in strings(messages):
+            for special in self._specials:
+                if special in text:
+                    raise DataError(f"a message contains the control token {special!r}")
+
+
+def pack_chat(
+    sources: Sequence[str] | str | Path,
+    output: Path,
+    tokenizer: HuggingFaceTokenizer,
+    template: ChatTemplate,
+    *,
+    on_error: OnError = "fail",
+    overwrite: bool = False,
+    key: str = "messages",
+    shard_tokens: int = SHARD_TOKENS,
+    on_progress: OnProgress = lambda done, total, tokens: None,
+) -> ChatReport:
+    """Write every conversation of ``sources`` as a document of the packed folder ``output``.
+
+    Args:
+        sources: JSON Lines, plain or compressed: files, folders, patterns or addresses; one conversation per line.
+        output: the folder to make; it has its name when it is complete.
+        tokenizer: gives the ids.
+        template: writes a conversation as text; it goes into the folder.
+        on_error: ``fail`` at the first line that is no conversation, or ``skip`` it and list it in a file.
+        overwrite: replace an existing packed folder when the new one is complete.
+        key: the JSON key that holds the list of messages.
+        shard_tokens: tokens per shard, at least.
+        on_progress: told bytes done, bytes in all, and tokens written.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: the input is damaged or without conversations, or the output exists.
+        ResourceError: the disk is full.
+    """
+    if on_error not in get_args(OnError):
+        raise ConfigError(f"on_error is fail or skip, not {on_error!r}")
+    output = Path(os.path.abspath(output))
+    check_replaceable(output, overwrite)
+    files = find_inputs(sources, "jsonl")
+    started = monotonic()
+    partial = partial_folder(output)
+    identity = {"chat": [file.name for file in files], "started": [os.getpid(), started]}
+    with user_errors(partial), working_folder(partial, identity):
+        job = _Job(partial, tokenizer, ChatEncoder(tokenizer, template), on_error, key, shard_tokens, on_progress)
+        job.run(files)
+        if not job.shards:
+            raise DataError(f"no conversation to write: {job.accounting}")
+        tokenizer.save(partial)
+        write_text(partial / FILE_NAME, template.source)
+        manifest = _manifest(job, template)
+        write_manifest(partial, manifest)
+        for entry in partial.iterdir():
+            if entry.name == ".lock":
+                entry.unlink()
+            elif entry.is_dir():
+                for inner in entry.iterdir():
+                    inner.unlink()
+                entry.rmdir()
+        give_name(partial, output, overwrite)
+    return ChatReport(manifest, job.counted, job.cut, sum(file.bytes for file in job.inputs), monotonic() - started)
+
+
+@dataclass
+class _Job:
+    """A run over all inputs, and what it has counted."""
+
+    folder: Path
+    tokenizer: HuggingFaceTokenizer
+    encoder: ChatEncoder
+    on_error: OnError
+    key: str
+    shard_tokens: int
+    on_progress: OnProgress
+    shards: list[Shard] = field(default_factory=list)
+    inputs: list[Input] = field(default_factory=list)
+    accounting: Accounting = field(default_factory=Accounting)
+    counted: int = 0
+    cut: int = 0
+
+    def run(self, files: list[InputFile]) -> None:
+        """Read batches of lines and write them, a shard after the other."""
+        total = sum(file.bytes for file in files)
+        with ExitStack() as stack:
+            rejected = None
+            if self.on_error == "skip":
+                rejected = stack.enter_context(replacing(self.folder / "conversations.rejected.jsonl"))
+            batches = self._batches(files)
+            more = True
+            tokens = 0
+            while more:
+                more = False
+                name = shard_name(len(self.shards))
+                with writing_shard(self.folder, name, token_dtype(self.tokenizer.vocab_size), mask=True) as writer:
+                    for batch, done in batches:
+                        self._write(writer, batch, rejected)
+                        self.on_progress(done, total, tokens + writer.tokens)
+                        if writer.tokens >= self.shard_tokens:
+                            more = True
+                            break
+                tokens += writer.tokens
+                if writer.documents:
+                    self.shards.append(writer.shard(checksum(self.folder / f"{name}.idx")))
+                else:
+                    for suffix in ("bin", "idx", "mask"):
+                        (self.folder / f"{name}.{suffix}").unlink()
+        if rejected is not None and not self.accounting.failed:
+            (self.folder / "conversations.rejected.jsonl").unlink()
+
+    def _write(self, writer: Any, batch: list[_Line], rejected: BinaryIO | None) -> None:
+        """Encode some lines and append what is to be learned from."""
+        read = [(line, self._conversation(line)) for line in batch]
+        good = [found for _, found in read if not isinstance(found, DataError)]
+        encoded = iter(self.encoder.encode(good))
+        kept: list[Encoded] = []
+        failed, skipped = 0, Counter[str]()
+        for line, found in read:
+            result = found if isinstance(found, DataError) else next(encoded)
+            if isinstance(result, DataError):
+                failed += 1
+                self._reject(line, result, rejected)
+            elif not result.mask.any():
+                skipped["no_assistant"] += 1
+            else:
+                kept.append(result)
+        if kept:
+            writer.append(
+                np.concatenate([one.ids for one in kept]),
+                np.array([len(one.ids) for one in kept], np.int64),
+                sum(one.text_bytes for one in kept),
+                np.concatenate([one.mask for one in kept]),
+            )
+        self.counted += sum(int(one.mask.sum()) for one in kept)
+        self.cut += sum(one.cut for one in kept)
+        self.accounting += Accounting(len(batch), len(kept), dict(skipped), failed)
+
+    def _reject(self, line: _Line, error: DataError, rejected: BinaryIO | None) -> None:
+        if rejected is None:
+            raise DataError(f"{line.file}:{line.number}: {error.message}", hint=error.hint)
+        entry = {"file": line.file, "line": line.number, "reason": error.message}
+        rejected.write(msgspec.json.encode(entry) + b"\n")
+
+    def _conversation(self, line: _Line) -> tuple[list[dict[str, Any]], dict[str, Any]] | DataError:
+        """The messages of a line, and what else its template may use."""
+        try:
+            record = msgspec.json.decode(line.content)
+        except (ValueError, RecursionError) as error:
+            return DataError(f"JSON is malformed: {error}")
+        if not isinstance(record, dict) or self.key not in record:
+            return DataError(f"expected a JSON object with the key {self.key!r}")
+        messages = record[self.key]
+        if not isinstance(messages, list) or not messages:
+            return DataError(f"{self.key!r} is a list of at least one message")
+        if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+            return DataError(f"each message of {self.key!r} is an object with a role")
+        return messages, {"tools": record["tools"]} if record.get("tools") else {}
+
+    def _batches(self, files: list[InputFile]) -> Iterator[tuple[list[_Line], int]]:
+        """Lines that are not blank, some at a time, and how many bytes have been read."""
+        done = 0
+        for file in files:
+            digest = xxhash.xxh3_64()
+            batch: list[_Line] = []
+            with user_errors(file.name), open_input(file.name) as raw:
+                metered = Metered(raw, file.name, digest)
+                blank = 0
+                for number, content in enumerate(_lines(decompressed(metered, file.name, file.compression)), 1):
+                    if content.isspace() or not content:
+                        blank += 1
+                        continue
+                    batch.append(_Line(file.name, number, content))
+                    if len(batch) == BATCH:
+                        yield batch, done + metered.bytes
+                        batch = []
+                self.inputs.append(Input(file.name, metered.bytes, digest.hexdigest()))
+                self.accounting += Accounting(blank_lines=blank)
+                done += metered.bytes
+            if batch:
+                yield batch, done
+
+
+class _Line(NamedTuple):
+    file: str
+    number: int
+    content: bytes
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    """The lines of a stream, without their ends and a byte order mark."""
+    rest, first = b"", True
+    while chunk := stream.read(READ_BYTES):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.removeprefix(b"\xef\xbb\xbf") if first else line
+            first = False
+    if rest:
+        yield rest.removeprefix(b"\xef\xbb\xbf") if first else rest
+
+
+def _manifest(job: _Job, template: ChatTemplate) -> Manifest:
+    tokenizer, shards = job.tokenizer, job.shards
+    assert job.accounting.balanced() and job.accounting.written == sum(shard.documents for shard in shards)
+    return Manifest(
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        largest_id=max(shard.largest_id for shard in shards),
+        end_of_document=tokenizer.end_of_document,
+        tokens=sum(shard.tokens for shard in shards),
+        documents=sum(shard.documents for shard in shards),
+        text_bytes=sum(shard.text_bytes for shard in shards),
+        tokenizer=TokenizerRecord(
+            tokenizer.fingerprint, "tokenizers", version("tokenizers"), tokenizer.end_of_document_token
+        ),
+        accounting=job.accounting,
+        shards=shards,
+        producer=f"modalities-data {version('modalities-data')}",
+        options={
+            "key": job.key,
+            "on_error": job.on_error,
+            "shard_tokens": job.shard_tokens,
+            "counted_tokens": job.counted,
+            "template": xxhash.xxh3_64_hexdigest(template.source.encode()),
+        },
+        inputs=job.inputs,
+    )
