@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,4 +170,19 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(documents(folder / "some.jsonl"), folder / "tokenizer.json", 4096)
     for name in ("train", "held_out"):
         pack(folder / "some.jsonl", folder / name, HuggingFaceTokenizer(folder / "tokenizer.json"), workers=1)
+    _write_other_tokenizers(folder)
     return folder
+
+
+def _write_other_tokenizers(folder: Path) -> None:
+    """Ranks of all bytes, and a SentencePiece model that changes nothing of a text."""
+    import sentencepiece
+
+    ranks = [f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+    (folder / "bytes.tiktoken").write_text("".join(ranks))
+    with (folder / "some.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some text to train on"] * 20), model_writer=model, vocab_size=280,
+            model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip

@@ -52,6 +52,11 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
         "{component: tokenizer.huggingface, path: DATA/tokenizer.json}",
         interfaces.Tokenizer,
     ),
+    "tokenizer.sentencepiece": ("{component: tokenizer.sentencepiece, path: DATA/some.model}", interfaces.Tokenizer),
+    "tokenizer.tiktoken": (
+        "{component: tokenizer.tiktoken, path: DATA/bytes.tiktoken, pattern: cl100k}",
+        interfaces.Tokenizer,
+    ),
     "schedule.constant": ("{component: schedule.constant}", interfaces.Schedule),
     "schedule.linear": ("{component: schedule.linear, warmup_steps: 2, steps: 10}", interfaces.Schedule),
     "schedule.warmup_cosine": (

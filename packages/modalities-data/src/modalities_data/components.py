@@ -13,4 +13,6 @@ COMPONENTS: dict[str, str] = {
     "dataset.part": "modalities_data.datasets.part:PartDataset",
     "tokenizer.bytes": "modalities_data.tokenizers.bytes:BytesTokenizer",
     "tokenizer.huggingface": "modalities_data.tokenizers.huggingface:HuggingFaceTokenizer",
+    "tokenizer.sentencepiece": "modalities_data.tokenizers.sentencepiece:SentencePieceTokenizer",
+    "tokenizer.tiktoken": "modalities_data.tokenizers.tiktoken:TiktokenTokenizer",
 }
