@@ -211,6 +211,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         total, summed = getattr(manifest, name), sum(getattr(shard, name) for shard in manifest.shards)
         if total != summed:
             raise DataError(f"{path}: {name} is {total}, but the shards add up to {summed}")
+    if manifest.largest_id != (largest := max((shard.largest_id for shard in manifest.shards), default=0)):
+        raise DataError(f"{path}: the largest id is {manifest.largest_id}, but the largest of a shard is {largest}")
     if manifest.largest_id >= manifest.vocab_size:
         raise DataError(f"{path}: the largest id, {manifest.largest_id}, is not below vocab_size {manifest.vocab_size}")
     if not manifest.accounting.balanced():

@@ -333,10 +333,13 @@ def _bin_problems(packed: PackedFolder, number: int) -> Iterator[str]:
         found = xxhash.xxh3_64_hexdigest(part)
         if found != expected:
             yield f"{path}: bytes from {block * CHECKSUM_BLOCK}: expected checksum {expected}, found {found}"
-        largest = max(largest, int(np.frombuffer(part, packed.dtype).max()))
+        # A negative id, which no tokenizer gives, is a huge one without its sign.
+        largest = max(largest, int(np.frombuffer(part, f"<u{packed.dtype.itemsize}").max()))
     if whole.hexdigest() != shard.checksum:
         yield f"{path}: expected checksum {shard.checksum}, found {whole.hexdigest()}"
-    if largest != shard.largest_id:
+    if largest >= packed.manifest.vocab_size:
+        yield f"{path}: ids are below {packed.manifest.vocab_size}, found {largest}"
+    elif largest != shard.largest_id:
         yield f"{path}: expected {shard.largest_id} as the largest id, found {largest}"
 
 
