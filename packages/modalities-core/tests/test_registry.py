@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from modalities_core.config.arguments import signature
+from modalities_core.config.arguments import signature, type_name
 from modalities_core.errors import ConfigError
 from modalities_core.registry import COMPONENT_GROUP, Registry, register, registry
 
@@ -95,3 +96,11 @@ def keywords(**a: int) -> int:
 def test_what_cannot_be_a_component(function: Any) -> None:
     with pytest.raises(ConfigError):
         signature(function)
+
+
+def test_types_are_named_as_they_are_written() -> None:
+    assert type_name(tuple[float, float]) == "tuple[float, float]"
+    assert type_name(Sequence[Thing]) == "Sequence[Thing]"
+    assert type_name(Thing | None) == "Thing | None"
+    assert type_name(Literal["a", "b"] | int) == "Literal['a', 'b'] | int"
+    assert type_name(int) == "int"

@@ -179,10 +179,12 @@ def convert_schema(annotation: Any) -> dict[str, Any]:
 
 
 def type_name(annotation: Any) -> str:
-    """A type as a reader writes it."""
+    """A type as a reader writes it: ``tuple[float, float]``, ``Model | None``."""
     if annotation is types.NoneType:
         return "None"
-    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+    if inspect.isclass(annotation) and typing.get_origin(annotation) is None:
+        return annotation.__name__
+    return re.sub(r"(?:[\w-]+\.)+(?=\w)", "", str(annotation)).replace("NoneType", "None")
 
 
 def fits(returns: Any, annotation: Any) -> bool:
