@@ -202,8 +202,8 @@ def _link(file: _File, folder: Path) -> bool:
 
 def _finish(partial: Path, output: Path, first: Path, manifest: Manifest, overwrite: bool) -> None:
     """Write the manifest last, and give the folder its name."""
-    if (first / "tokenizer.json").is_file():
-        _link(_File(first / "tokenizer.json", "tokenizer.json"), partial)
+    for file in first.glob("tokenizer.*"):
+        _link(_File(file, file.name), partial)
     write_manifest(partial, manifest)
     shutil.rmtree(partial / ".state")
     (partial / ".lock").unlink()
