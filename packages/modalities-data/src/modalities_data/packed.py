@@ -23,8 +23,19 @@ from modalities_data.manifest import Manifest, Shard, Sidecar, Source, read_mani
 from modalities_data.megatron_index import LONGEST_DOCUMENT, Index, index_bytes, read_index, write_index
 
 CHECKSUM_BLOCK = 64 << 20
-OPEN_SHARDS = 256
-"""How many files stay mapped: each costs a file descriptor, and 1,024 is a common limit."""
+
+
+def _mappable() -> int:
+    """How many files may stay mapped: each costs a file descriptor, of which other code needs some too."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 16_384 if soft == resource.RLIM_INFINITY else min(16_384, max(64, soft // 4))
+
+
+OPEN_SHARDS = _mappable()
 ENDS_BYTES = 256 << 20
 """How much memory document ends may take, eight bytes each; with more documents they are read from the files."""
 

@@ -72,37 +72,46 @@ class BestFitDataset:
         first_of_row = np.searchsorted(rows, np.arange(samples))
         columns = filled - filled[first_of_row][rows] if len(rows) else filled
         tokens = np.full((samples, length + 1), self._packed.manifest.end_of_document, self._packed.dtype)
-        counts = np.zeros((samples, length + 1), np.float32)
-        self._copy(tokens, counts, rows, columns, documents, starts, lengths)
+        mask = np.zeros((samples, length + 1), np.uint8) if self._masked else None
+        places = rows * (length + 1) + columns
+        self._copy(tokens, mask, places, documents, starts, lengths)
         check_ids(self._packed, tokens)
-        # The first token of a piece is no target: what comes before it is another document.
-        counts[rows, columns] = 0
-        # Where the next piece begins: for the last one, where the padding does.
         ends = columns + lengths
-        inside = ends < length
-        return Samples(tokens, counts[:, 1:], segments(rows[inside], ends[inside], samples, length))
+        if mask is None:
+            # Where the padding begins: behind the last piece of each row.
+            room = np.zeros(samples, np.int64)
+            room[rows] = ends
+            mask = np.arange(length + 1) < room[:, None]
+        # The first token of a piece is no target: what comes before it is another document.
+        mask.reshape(-1)[places] = 0
+        # Where the next piece begins: for the last one, where the padding does.
+        boundaries = (rows * length + ends)[ends < length]
+        return Samples(tokens, mask[:, 1:].astype(np.float32), segments(boundaries, samples, length))
 
     def _copy(
         self,
         tokens: np.ndarray,
-        counts: np.ndarray,
-        rows: np.ndarray,
-        columns: np.ndarray,
+        mask: np.ndarray | None,
+        places: np.ndarray,
         documents: np.ndarray,
         starts: np.ndarray,
         lengths: np.ndarray,
     ) -> None:
-        """Copy each piece to its place, and which of its tokens count."""
+        """Copy each piece to its place among all samples' tokens, and which of its tokens count."""
+        flat, flat_mask = tokens.reshape(-1), None if mask is None else mask.reshape(-1)
         shards, local = self._packed.locate(documents)
         for shard in np.unique(shards).tolist():
             of_shard = np.flatnonzero(shards == shard)
-            stored, mask = self._packed.tokens(shard), self._packed.mask(shard)
+            stored, stored_mask = self._packed.tokens(shard), self._packed.mask(shard)
             index = self._packed.kept_index(shard)
             firsts = index.pointers[local[of_shard]] // self._packed.dtype.itemsize + starts[of_shard]
-            places = (rows[of_shard], columns[of_shard], firsts, lengths[of_shard])
-            for row, column, first, length in zip(*(part.tolist() for part in places), strict=True):
-                tokens[row, column : column + length] = stored[first : first + length]
-                counts[row, column : column + length] = 1 if mask is None else mask[first : first + length]
+            pieces = zip(places[of_shard].tolist(), firsts.tolist(), lengths[of_shard].tolist(), strict=True)
+            for place, first, length in pieces:
+                flat[place : place + length] = stored[first : first + length]
+                if flat_mask is not None:
+                    flat_mask[place : place + length] = (
+                        1 if stored_mask is None else stored_mask[first : first + length]
+                    )
 
     def _lengths(self) -> Iterator[np.ndarray]:
         """The tokens of each document, shard by shard."""

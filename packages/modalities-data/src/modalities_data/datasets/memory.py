@@ -81,8 +81,8 @@ class InMemoryDataset:
         if self._ends is not None:
             first = np.searchsorted(self._ends, starts, side="right")
             counts = np.searchsorted(self._ends, starts + length - 1, side="right") - first
-            rows = np.repeat(np.arange(len(starts)), counts)
-            found = segments(rows, self._ends[ranges(first, counts)] - starts[rows], len(starts), length)
+            shift = np.repeat(np.arange(len(starts)) * length - starts, counts)
+            found = segments(self._ends[ranges(first, counts)] + shift, len(starts), length)
         return Samples(windows(self._tokens, length + 1)[starts], weights, found)
 
 

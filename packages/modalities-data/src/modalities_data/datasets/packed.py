@@ -139,23 +139,21 @@ class PackedDataset:
     def _segments(self, starts: np.ndarray, groups: list[tuple[int, np.ndarray | slice]]) -> np.ndarray:
         """(N, T) int32: from the document index, so an end-of-document id inside a text is no boundary."""
         length = self.sequence_length
-        rows_found, columns_found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for first, rows in groups:
-            shard, rows = first, np.arange(len(starts))[rows]
+        found = [np.empty(0, np.int64)]
+        for first, rows_first in groups:
+            shard, rows = first, np.arange(len(starts))[rows_first]
             while len(rows):
-                places = starts[rows] - self._begin(shard)
-                begin = self._packed.documents_at(shard, np.maximum(places, 0))
-                counts = self._packed.documents_at(shard, places + length - 1) - begin
-                ends = self._packed.ends_of(shard, ranges(begin, counts))
-                rows_found.append(np.repeat(rows, counts))
-                columns_found.append(ends - np.repeat(places, counts))
-                rows = rows[places + length > self._packed.manifest.shards[shard].tokens]
+                begin = self._begin(shard)
+                places = starts[rows] - begin
+                documents = self._packed.documents_at(shard, np.maximum(places, 0))
+                counts = self._packed.documents_at(shard, places + (length - 1)) - documents
+                ends = self._packed.ends_of(shard, ranges(documents, counts))
+                found.append(ends + np.repeat(rows * length - places, counts))
+                if int(places.max()) + length <= int(self._ends[shard]) - begin:
+                    break
+                rows = rows[places + length > int(self._ends[shard]) - begin]
                 shard += 1
-        rows, columns = np.concatenate(rows_found), np.concatenate(columns_found)
-        if len(rows_found) > 2:
-            order = np.lexsort((columns, rows))
-            rows, columns = rows[order], columns[order]
-        return segments(rows, columns, len(starts), length)
+        return segments(np.concatenate(found), len(starts), length)
 
 
 def check_ids(packed: PackedFolder, tokens: np.ndarray) -> None:
