@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-DOCUMENTS = 1000
+DOCUMENTS = 100
 
 
 def main(source: str, output: str, tokenizer_json: str, end_of_document: str) -> None:
