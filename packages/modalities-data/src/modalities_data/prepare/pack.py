@@ -109,7 +109,7 @@ def pack(
         reference_engine(tokenizer)
     started = monotonic()
     partial = partial_folder(output)
-    options = {"key": key, "on_error": on_error, "range_bytes": range_bytes, "format": format}
+    options: dict[str, Any] = {"key": key, "on_error": on_error, "range_bytes": range_bytes, "format": format}
     options |= {"verify_every": verify_every} if verify_every else {}
     identity = _identity(files, tokenizer, options)
     mine = _share(units, part)
