@@ -338,9 +338,9 @@ def test_datatrove_files_that_are_refused(tmp_path, folder) -> None:
 def test_sidecars_go_where_their_documents_go(tmp_path) -> None:
     losses = [number % 3 > 0 for number in range(sum(map(len, DOCUMENTS)))]
     from_datatrove([write_ds(tmp_path / "x.ds", DOCUMENTS, losses=losses)], tmp_path / "in", WORDS)
-    from modalities_data.prepare.shuffle import shuffle_folder
+    from modalities_data.prepare.shuffle import shuffle_folders
 
-    shuffle_folder(tmp_path / "in", tmp_path / "out", seed=1)
+    shuffle_folders([tmp_path / "in"], tmp_path / "out", seed=1)
     mask, found = PackedFolder(tmp_path / "out").mask(0).tolist(), {}
     for document in contents(tmp_path / "out"):
         found[tuple(document)], mask = mask[: len(document)], mask[len(document) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modalities_core.errors import ConfigError, DataError
+from modalities_core.files import checksum
 from modalities_data.datasets import PackedDataset
 from modalities_data.jsonl import documents
 from modalities_data.manifest import read_manifest
@@ -20,7 +22,7 @@ from modalities_data.prepare import rewrite
 from modalities_data.prepare.chunk import chunk
 from modalities_data.prepare.filter import filter_documents
 from modalities_data.prepare.pack import pack
-from modalities_data.prepare.shuffle import shuffle_folder, shuffle_lines
+from modalities_data.prepare.shuffle import shuffle_folders, shuffle_lines
 from modalities_data.tokenizers.bytes import BytesTokenizer
 from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
 from modalities_data.tokenizers.train import train_tokenizer
@@ -41,7 +43,7 @@ def folder(lorem_file, tokenizer_file, tmp_path_factory):
 
 def test_shuffled_folder_has_the_same_documents_in_another_order(folder, tmp_path, monkeypatch) -> None:
     before = contents(folder)
-    made = shuffle_folder(folder, tmp_path / "a", seed=5, shard_tokens=20_000)
+    made = shuffle_folders([folder], tmp_path / "a", seed=5, shard_tokens=20_000)
     after = contents(tmp_path / "a")
     assert Counter(after) == Counter(before) and after != before
     places = {document: number for number, document in enumerate(before)}
@@ -59,9 +61,9 @@ def test_shuffled_folder_has_the_same_documents_in_another_order(folder, tmp_pat
     monkeypatch.setattr(rewrite, "BLOCK_DOCUMENTS", 7)
     monkeypatch.setattr(rewrite, "OPEN_INDEXES", 1)
     monkeypatch.setattr(rewrite, "BATCH_TOKENS", 1000)
-    again = shuffle_folder(folder, tmp_path / "b", seed=5, shard_tokens=20_000)
+    again = shuffle_folders([folder], tmp_path / "b", seed=5, shard_tokens=20_000)
     assert again.fingerprint == made.fingerprint
-    shuffle_folder(folder, tmp_path / "c", seed=6)
+    shuffle_folders([folder], tmp_path / "c", seed=6)
     assert contents(tmp_path / "c") != after
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     assert PackedDataset(tmp_path / "a", 64).bytes_per_token == PackedDataset(folder, 64).bytes_per_token
@@ -99,8 +101,43 @@ def test_lines_keep_their_bytes_but_for_ends_and_mark(tmp_path) -> None:
     assert record.accounting.blank_lines == 2
     stored = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
     assert stored["options"]["seed"] == 0 and stored["accounting"]["written"] == 2
-    with pytest.raises(ConfigError, match="onto itself"):
+    with pytest.raises(ConfigError, match="is an input too"):
         shuffle_lines(tmp_path / "in.jsonl", tmp_path / "in.jsonl")
+
+
+def test_several_inputs_compressed_and_of_other_kinds(tmp_path) -> None:
+    lines = [json.dumps({"text": f"text {number}", "even": number % 2 == 0}).encode() for number in range(1000)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(b"\n".join(lines[:300]))
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(b"\r\n".join(lines[300:]) + b"\n"))
+    record = shuffle_lines(tmp_path / "in", tmp_path / "out.jsonl", bucket_bytes=5000)
+    assert sorted((tmp_path / "out.jsonl").read_bytes().splitlines()) == sorted(lines)
+    assert [entry.bytes for entry in record.inputs] == [
+        file.stat().st_size for file in sorted((tmp_path / "in").iterdir())
+    ]
+    assert record.inputs[1].checksum == checksum(tmp_path / "in" / "b.jsonl.gz")
+    even = filter_documents(tmp_path / "in", tmp_path / "even.jsonl", filters.key_equals("even", "true"))
+    assert even.accounting.written == 500 and even.inputs == record.inputs
+    assert (tmp_path / "even.jsonl").read_bytes().splitlines() == lines[::2]
+    (tmp_path / "x.txt").write_text("one text")
+    filter_documents(tmp_path / "x.txt", tmp_path / "x.jsonl", filters.contains(("one",)))
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {"text": "one text"}
+    with pytest.raises(ConfigError, match="works on lines of JSON"):
+        shuffle_lines(tmp_path / "x.txt", tmp_path / "y.jsonl")
+    for failing in (shuffle_lines, filter_documents):
+        with pytest.raises(DataError, match=r"c\.jsonl\.gz is (no|cut)"):
+            (tmp_path / "c.jsonl.gz").write_bytes(b"not gzip")
+            more = (filters.contains(("a",)),) if failing is filter_documents else ()
+            failing(tmp_path / "c.jsonl.gz", tmp_path / "y.jsonl", *more)
+    assert not (tmp_path / "y.jsonl").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_several_folders_are_mixed(folder, tmp_path) -> None:
+    made = shuffle_folders([folder, folder], tmp_path / "out", seed=1)
+    assert Counter(contents(tmp_path / "out")) == Counter(contents(folder) * 2)
+    assert made.text_bytes == 2 * read_manifest(folder).text_bytes
+    origins = PackedFolder(tmp_path / "out").origins(0)
+    assert origins.sum() == 400 and 100 < origins[:400].sum() < 300
 
 
 @pytest.mark.parametrize("parts", [1, 3, 7])

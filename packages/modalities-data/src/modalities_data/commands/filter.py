@@ -12,7 +12,7 @@ from modalities_data.terminal import packing_progress, say, summarize
 
 
 @data.command("filter")
-@click.argument("source", metavar="INPUT", type=PATH)
+@click.argument("sources", metavar="INPUT...", nargs=-1, required=True)
 @click.argument("output", type=PATH)
 @click.option("--min-tokens", type=click.IntRange(0), help="Fewer tokens are refused; the end does not count.")
 @click.option("--max-tokens", type=click.IntRange(0), help="More tokens are refused; the end does not count.")
@@ -22,7 +22,7 @@ from modalities_data.terminal import packing_progress, say, summarize
               help="Keep lines whose field is VALUE, text or JSON; a.b reaches into objects.")  # fmt: skip
 @click.option("--predicate", metavar="NAME", multiple=True,
               help="A function that a package registered under modalities.predicates.")  # fmt: skip
-@click.option("--tokenizer", metavar="PATH|bytes", help="Counts the tokens of JSONL documents.")
+@click.option("--tokenizer", metavar="PATH|bytes", help="Counts the tokens of documents in files.")
 @end_option
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="What to do with a line that is no document.")  # fmt: skip
@@ -30,12 +30,13 @@ from modalities_data.terminal import packing_progress, say, summarize
 @overwrite_option
 @as_json_option
 def filter_command(
-    source: Path, output: Path, tokenizer: str | None, end_of_document: str, on_error: Literal["fail", "skip"],
-    key: str, overwrite: bool, as_json: bool, **options: Any,
+    sources: tuple[str, ...], output: Path, tokenizer: str | None, end_of_document: str,
+    on_error: Literal["fail", "skip"], key: str, overwrite: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Write the documents of INPUT, a packed folder or a JSONL file, that pass every rule to OUTPUT.
+    """Write the documents of a packed folder, or of files with text, that pass every rule to OUTPUT.
 
-    A refused document is counted under the first rule that refuses it, in the order of these options.
+    Files are what `pack` reads; then OUTPUT is a JSONL file, with the lines as they were. A refused document is
+    counted under the first rule that refuses it, in the order of these options.
 
     \b
     Example: modalities-data filter corpus.jsonl english.jsonl --key-equals lang=en --not-contains lorem
@@ -48,8 +49,8 @@ def filter_command(
     told = {name: value for name, value in options.items() if value not in (None, ())}
     with packing_progress("filtering") as progress:
         made = filter_documents(
-            source, output, rules, key=key, tokenizer=counting, on_error=on_error, options=told, overwrite=overwrite,
-            on_progress=progress,
+            sources[0] if len(sources) == 1 else sources, output, rules, key=key, tokenizer=counting,
+            on_error=on_error, options=told, overwrite=overwrite, on_progress=progress,
         )  # fmt: skip
     counts = made.accounting
     refused = "".join(f", {count} refused by {rule}" for rule, count in counts.skipped.items())

@@ -1,4 +1,4 @@
-"""Keeping the documents that pass every rule, of a packed folder or of a JSONL file."""
+"""Keeping the documents that pass every rule, of a packed folder or of files with text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 import numpy as np
+import xxhash
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.files import replacing
 from modalities_core.interfaces import Tokenizer
-from modalities_data import manifest as manifests
-from modalities_data.disk import user_errors
-from modalities_data.jsonl import ByteRange, blocks, failure_error
-from modalities_data.manifest import Accounting, Manifest
-from modalities_data.prepare.lines import LinesRecord, write_record
-from modalities_data.prepare.rewrite import SHARD_TOKENS, JoinedFolders, OnProgress, in_blocks, write_documents
+from modalities_data.disk import refuse_existing, user_errors
+from modalities_data.inputs.files import Sources, find_inputs
+from modalities_data.inputs.reading import failure_error, read
+from modalities_data.inputs.units import whole_pieces
+from modalities_data.jsonl import Block
+from modalities_data.manifest import Accounting, Input, Manifest
+from modalities_data.prepare.lines import LinesRecord, refuse_same, write_record
+from modalities_data.prepare.rewrite import (
+    SHARD_TOKENS,
+    JoinedFolders,
+    OnProgress,
+    in_blocks,
+    is_packed,
+    write_documents,
+)
 from modalities_data.tokenizers.opening import recorded_tokenizer
 
 GROUP = "modalities.predicates"
@@ -56,7 +66,7 @@ Predicate = Callable[[Document], bool]
 
 
 def filter_documents(
-    source: Path,
+    source: Sources,
     output: Path,
     predicates: Predicate | Mapping[str, Predicate],
     *,
@@ -71,12 +81,12 @@ def filter_documents(
     """Write the documents of ``source`` that pass every predicate to ``output``, in their order.
 
     Args:
-        source: a packed folder, or a JSONL file.
-        output: a packed folder to make, or a JSONL file, whose lines are unchanged and whose record is beside it.
+        source: a packed folder, or files, folders, patterns or addresses as ``inputs.files.find_inputs`` takes them.
+        output: a packed folder to make, or a JSONL file with unchanged lines and a record beside it.
         predicates: by the name of the rule a document is counted under that it is the first to refuse.
-        key: of the text in a JSONL file.
-        tokenizer: counts the tokens of JSONL documents where a predicate asks for them.
-        on_error: whether a line that is no document ends the job or is counted as failed.
+        key: of the text in JSON Lines or Parquet.
+        tokenizer: counts the tokens of documents in files where a predicate asks for them.
+        on_error: whether a record that is no document ends the job or is counted as failed.
         options: for the manifest.
         shard_tokens: tokens per shard of a packed folder, at least.
         overwrite: replace an existing output.
@@ -93,8 +103,8 @@ def filter_documents(
     if not rules:
         raise ConfigError("there is no rule to filter by", hint="see `modalities-data filter --help`")
     options = {"command": "filter", "rules": sorted(rules)} | (options or {})
-    if source.is_dir():
-        return _filter_folder(source, output, rules, options, shard_tokens, overwrite, on_progress)
+    if isinstance(source, str | Path) and is_packed(Path(source)):
+        return _filter_folder(Path(source), output, rules, options, shard_tokens, overwrite, on_progress)
     return _filter_lines(source, output, rules, key, tokenizer, on_error, options, overwrite, on_progress)
 
 
@@ -132,42 +142,52 @@ def _filter_folder(
 
 
 def _filter_lines(
-    source: Path, output: Path, rules: dict[str, Predicate], key: str, tokenizer: Tokenizer | None,
+    sources: Sources, output: Path, rules: dict[str, Predicate], key: str, tokenizer: Tokenizer | None,
     on_error: str, options: dict[str, Any], overwrite: bool, on_progress: OnProgress,
 ) -> LinesRecord:  # fmt: skip
-    if output.exists() and not overwrite:
-        raise DataError(f"{output} exists already", hint="choose another name, or pass --overwrite to replace it")
-    if source.resolve() == output.resolve():
-        raise ConfigError("a file is not filtered onto itself; name another output")
-    skipped: Counter[str] = Counter()
-    written = failed = blank = done = 0
-    with user_errors(source):
-        size = source.stat().st_size
+    refuse_existing(output, overwrite)
+    files = find_inputs(sources)
+    for file in files:
+        refuse_same(file, output)
+    total = sum(file.bytes for file in files)
+    done, accounting, inputs = 0, Accounting(), []
     with user_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as stream:
-            for block in blocks(ByteRange(source, 0, size), key):
-                if block.failures and on_error == "fail":
-                    raise failure_error(source, block.failures[0])
-                failed, blank, done = failed + len(block.failures), blank + block.blank_lines, done + block.bytes
-                for line, text in zip(block.lines, block.texts, strict=True):
-                    refused = _refusal(rules, _line_document(line, text, tokenizer))
-                    if refused is None:
-                        stream.write(line + b"\n")
-                        written += 1
-                    else:
-                        skipped[refused] += 1
-                on_progress(done, size, 0)
-            if not written:
-                raise DataError(f"no document of {source} is left to write: {_sorted(skipped)}")
-        accounting = Accounting(written + failed + skipped.total(), written, _sorted(skipped), failed, blank)
-        return write_record(output, source, options, accounting)
+            for piece in whole_pieces(files, key):
+                digest = xxhash.xxh3_64()
+                for block in read(piece, key, digest):
+                    if block.failures and on_error == "fail":
+                        raise failure_error(piece, block, block.failures[0])
+                    accounting += _filter_block(block, rules, key, tokenizer, stream)
+                    done += block.bytes
+                    on_progress(done, total, 0)
+                inputs.append(Input(piece.file, piece.bytes, digest.hexdigest()))
+            if not accounting.written:
+                raise DataError(f"no document is left to write: {accounting}")
+        return write_record(output, inputs, options, accounting)
+
+
+def _filter_block(
+    block: Block, rules: dict[str, Predicate], key: str, tokenizer: Tokenizer | None, stream: BinaryIO
+) -> Accounting:
+    """Write what passes, and count."""
+    skipped: Counter[str] = Counter()
+    lines = block.lines or [msgspec.json.encode({key: text}) for text in block.texts]
+    for line, text in zip(lines, block.texts, strict=True):
+        refused = _refusal(rules, _line_document(line, text, tokenizer))
+        if refused is None:
+            stream.write(line + b"\n")
+        else:
+            skipped[refused] += 1
+    documents, failed = len(block.texts), len(block.failures)
+    return Accounting(documents + failed, documents - skipped.total(), _sorted(skipped), failed, block.blank_lines)
 
 
 def _line_document(line: bytes, text: str, tokenizer: Tokenizer | None) -> Document:
     def tokens() -> int:
         if tokenizer is None:
-            raise ConfigError("tokens of a JSONL file are counted by a tokenizer", hint="pass --tokenizer")
+            raise ConfigError("tokens of text are counted by a tokenizer", hint="pass --tokenizer")
         return len(tokenizer.encode(text))
 
     return Document(lambda: text, tokens, lambda: msgspec.json.decode(line))
@@ -190,11 +210,6 @@ def _name(predicate: Predicate) -> str:
 
 def _sorted(skipped: Counter[str]) -> dict[str, int]:
     return dict(sorted(skipped.items()))
-
-
-def is_packed(path: Path) -> bool:
-    """Whether ``path`` is a packed folder; a file of lines otherwise."""
-    return path.is_dir() and (path / manifests.FILE_NAME).is_file()
 
 
 def min_tokens(limit: int) -> Predicate:

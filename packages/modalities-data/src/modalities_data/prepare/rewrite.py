@@ -313,3 +313,8 @@ def in_blocks(first: int, last: int) -> Iterator[np.ndarray]:
     """The numbers from ``first`` to ``last``, the last excluded, some at a time."""
     for start in range(first, last, BLOCK_DOCUMENTS):
         yield np.arange(start, min(start + BLOCK_DOCUMENTS, last), dtype=np.int64)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether ``path`` is a packed folder."""
+    return path.is_dir() and (path / manifests.FILE_NAME).is_file()
