@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,8 @@ from modalities_core.errors import ConfigError, DataError
 from modalities_data import packed as packed_module
 from modalities_data.datasets import BestFitDataset, InMemoryDataset, PackedDataset
 from modalities_data.datasets.fitting import best_fit_decreasing
-from modalities_data.manifest import read_manifest
+from modalities_data.manifest import Accounting, Manifest, Shard, TokenizerRecord, read_manifest, write_manifest
+from modalities_data.megatron_index import index_bytes, write_index
 from modalities_data.packed import PackedFolder, verify
 
 SIZES = (30, 200, 3, 120)
@@ -235,3 +237,47 @@ def test_best_fit_fills_and_plans_in_bounded_memory() -> None:
     assert made.slots.nbytes < 1_000_000
     assert np.array_equal(np.sort(made.by_length), np.unique(made.by_length))
     assert made.tokens == int(lengths.sum()) + int(((lengths - 2) // 2048).sum()) - int((lengths < 2).sum())
+
+
+OPENING = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from modalities_data.datasets import PackedDataset
+from modalities_data.order import shuffled
+
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+before, started = resident(), time.process_time()
+dataset = PackedDataset(Path(sys.argv[1]), 2048, documents="separate")
+print(len(dataset), time.process_time() - started, resident() - before)
+samples = dataset.gather(shuffled(np.arange(4), len(dataset), 0))
+assert not samples.tokens.any() and samples.segments.shape == (4, 2048)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, needs sparse files")
+def test_a_corpus_of_a_million_million_tokens_opens_at_once(tmp_path, script) -> None:
+    """Sparse files; the limits are those of a quiet machine, with room for a busy one."""
+    shards, tokens, documents = 1000, 10**9, 10**3
+    entries = []
+    try:
+        for number in range(shards):
+            name = f"{number:05d}"
+            with (tmp_path / f"{name}.bin").open("wb") as stream:
+                stream.truncate(2 * tokens)
+            with (tmp_path / f"{name}.idx").open("wb") as stream:
+                write_index(stream, "uint16", np.full(documents, tokens // documents))
+            blocks = ["0" * 16] * 30
+            entries.append(Shard(name, tokens, documents, 2 * tokens, index_bytes(documents), 0, 5, "0", blocks, "0"))
+    except OSError:
+        pytest.skip("no sparse files here")
+    write_manifest(tmp_path, Manifest(
+        dtype="uint16", vocab_size=300, largest_id=5, end_of_document=1, tokens=shards * tokens,
+        documents=shards * documents, text_bytes=0, tokenizer=TokenizerRecord("x", "bytes", ""),
+        accounting=Accounting(shards * documents, shards * documents), shards=entries, producer="", options={},
+    ))  # fmt: skip
+    done = script(OPENING, tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples, seconds, grown = done.stdout.split()
+    assert int(samples) == (10**12 - 1) // 2048
+    assert float(seconds) < 0.5 and int(grown) < 50_000_000

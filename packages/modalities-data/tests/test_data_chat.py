@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from modalities_data.manifest import read_manifest
 from modalities_data.packed import PackedFolder, verify
-from modalities_data.prepare.chat import ChatEncoder, pack_chat
+from modalities_data.prepare.chat import ChatEncoder, Side, pack_chat
 from modalities_data.prepare.chat_template import ChatTemplate, read_template
 from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -159,6 +160,21 @@ def test_a_packed_conversation_is_what_was_said(pack, tokenizer, tmp_path) -> No
     assert again.manifest.fingerprint == manifest.fingerprint
 
 
+def test_two_sides_are_the_whole(pack, tokenizer, tmp_path) -> None:
+    conversations = [say(f"question {number % 60}", f"answer {number % 60}") for number in range(80)]
+    found = {}
+    for name in ("train", "held-out"):
+        counts = pack(conversations, CHATML, side=Side(name, 0.3, seed=2)).manifest.accounting
+        opened = PackedFolder(tmp_path / "out")
+        found[name] = [tokenizer.decode(opened.document(number).tolist()) for number in range(counts.written)]
+        assert counts.documents == 80 and counts.balanced()
+    assert counts.skipped == {"train": len(found["train"])}
+    assert len(found["train"]) + len(found["held-out"]) == 80 and 5 < len(found["held-out"]) < 45
+    assert not set(found["train"]) & set(found["held-out"])
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        pack(conversations, CHATML, side=Side("train", 1.0))
+
+
 WRONG = {
     "{": "JSON is malformed",
     "[1]": "expected a JSON object with the key 'messages'",
@@ -257,3 +273,17 @@ def test_the_command(command, folder, tmp_path) -> None:
     source.write_text("{\n")
     failed = command(*arguments, "--overwrite")
     assert failed.returncode == 3 and "chat.jsonl:1: JSON is malformed" in failed.stderr
+
+
+def test_from_conversations_to_batches(pack, tmp_path) -> None:
+    """Whole conversations side by side; only what the assistant says weighs anything."""
+    pytest.importorskip("torch")
+    from modalities_data.datasets import BestFitDataset
+    from modalities_data.loading.batches import HeldOutBatches
+
+    report = pack(CONVERSATIONS * 4, CHATML)
+    dataset = BestFitDataset(tmp_path / "out", 256)
+    world = SimpleNamespace(data_rank=0, data_size=1, device=SimpleNamespace(type="cpu"))
+    batches = list(HeldOutBatches(dataset, world, 2))
+    assert sum(int(batch.weights_BT.sum()) for batch in batches) == report.counted_tokens
+    assert max(int(batch.segments_BT.max()) for batch in batches) > 1

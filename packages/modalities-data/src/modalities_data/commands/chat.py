@@ -21,11 +21,15 @@ from modalities_data.terminal import amount, packing_progress, say, summarize
 @click.option("--key", default="messages", show_default=True, help="The JSON key that holds the list of messages.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="What to do with a line that is no conversation.")  # fmt: skip
+@click.option("--only", type=click.Choice(["train", "held-out"]), help="Write one side of a split, not all.")
+@click.option("--fraction", default=0.01, show_default=True, help="How much a split holds out.")
+@click.option("--seed", default=0, show_default=True, help="Chooses another split.")
 @overwrite_option
 @as_json_option
 def chat(
     sources: tuple[str, ...], output: Path, tokenizer: Path, template: Path | None, end_of_document: str, key: str,
-    on_error: Literal["fail", "skip"], overwrite: bool, as_json: bool,
+    on_error: Literal["fail", "skip"], only: Literal["train", "held-out"] | None, fraction: float, seed: int,
+    overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write the conversations of INPUT..., JSONL files, into the packed folder OUTPUT.
 
@@ -34,8 +38,11 @@ def chat(
 
     \b
     Example: modalities-data chat conversations.jsonl chats --tokenizer model/tokenizer.json
+    Example: a training set and a held-out set, from a folder with tokenizer.json and chat_template.jinja
+      modalities-data chat conversations.jsonl train --tokenizer model --only train
+      modalities-data chat conversations.jsonl held-out --tokenizer model --only held-out
     """
-    from modalities_data.prepare.chat import pack_chat
+    from modalities_data.prepare.chat import Side, pack_chat
     from modalities_data.prepare.chat_template import CONFIG_NAME, read_template
     from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -44,7 +51,7 @@ def chat(
     ids = HuggingFaceTokenizer(tokenizer, end_of_document, "tokenizers")
     with packing_progress() as progress:
         report = pack_chat(sources, output, ids, chosen, on_error=on_error, overwrite=overwrite, key=key,
-                           on_progress=progress)  # fmt: skip
+                           side=Side(only, fraction, seed) if only else None, on_progress=progress)  # fmt: skip
     made, counts = report.manifest, report.manifest.accounting
     skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
     failed = f", {counts.failed} failed (see {output}/conversations.rejected.jsonl)" if counts.failed else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, NamedTuple, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import msgspec
 import numpy as np
@@ -24,6 +24,7 @@ from modalities_data.inputs.files import InputFile, find_inputs
 from modalities_data.inputs.streams import Metered, decompressed, open_input
 from modalities_data.manifest import Accounting, Input, Manifest, Shard, TokenizerRecord, write_manifest
 from modalities_data.megatron_index import token_dtype
+from modalities_data.order import check_seed
 from modalities_data.packed import writing_shard
 from modalities_data.prepare.chat_template import FILE_NAME, ChatTemplate, strings
 from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
@@ -49,6 +50,24 @@ class ChatReport(NamedTuple):
     cut_tokens: int
     bytes_read: int
     seconds: float
+
+
+class Side(NamedTuple):
+    """One side of a split by the hash of the messages, so that equal conversations are on the same side.
+
+    name: which one to write.
+    fraction: how much is held out, between 0 and 1.
+    seed: chooses another split.
+    """
+
+    name: Literal["train", "held-out"]
+    fraction: float = 0.01
+    seed: int = 0
+
+    def has(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether a conversation is on this side."""
+        digest = xxhash.xxh3_64_intdigest(msgspec.json.encode(messages), self.seed)
+        return (digest < int(self.fraction * 2**64)) == (self.name == "held-out")
 
 
 class Encoded(NamedTuple):
@@ -134,6 +153,7 @@ def pack_chat(
     on_error: OnError = "fail",
     overwrite: bool = False,
     key: str = "messages",
+    side: Side | None = None,
     shard_tokens: int = SHARD_TOKENS,
     on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> ChatReport:
@@ -147,6 +167,7 @@ def pack_chat(
         on_error: ``fail`` at the first line that is no conversation, or ``skip`` it and list it in a file.
         overwrite: replace an existing packed folder when the new one is complete.
         key: the JSON key that holds the list of messages.
+        side: write only this side of a split; the other one's conversations are counted as skipped.
         shard_tokens: tokens per shard, at least.
         on_progress: told bytes done, bytes in all, and tokens written.
 
@@ -157,6 +178,10 @@ def pack_chat(
     """
     if on_error not in get_args(OnError):
         raise ConfigError(f"on_error is fail or skip, not {on_error!r}")
+    if side is not None:
+        check_seed(side.seed)
+        if not 0 < side.fraction < 1:
+            raise ConfigError(f"the fraction held out lies between 0 and 1, not at {side.fraction}")
     output = Path(os.path.abspath(output))
     check_replaceable(output, overwrite)
     files = find_inputs(sources, "jsonl")
@@ -164,7 +189,7 @@ def pack_chat(
     partial = partial_folder(output)
     identity = {"chat": [file.name for file in files], "started": [os.getpid(), started]}
     with user_errors(partial), working_folder(partial, identity):
-        job = _Job(partial, tokenizer, ChatEncoder(tokenizer, template), on_error, key, shard_tokens, on_progress)
+        job = _Job(partial, tokenizer, ChatEncoder(tokenizer, template), on_error, key, side, shard_tokens, on_progress)
         job.run(files)
         if not job.shards:
             raise DataError(f"no conversation to write: {job.accounting}")
@@ -192,6 +217,7 @@ class _Job:
     encoder: ChatEncoder
     on_error: OnError
     key: str
+    side: Side | None
     shard_tokens: int
     on_progress: OnProgress
     shards: list[Shard] = field(default_factory=list)
@@ -232,10 +258,15 @@ class _Job:
     def _write(self, writer: Any, batch: list[_Line], rejected: BinaryIO | None) -> None:
         """Encode some lines and append what is to be learned from."""
         read = [(line, self._conversation(line)) for line in batch]
+        failed, skipped = 0, Counter[str]()
+        if self.side is not None:
+            mine = [pair for pair in read if isinstance(pair[1], DataError) or self.side.has(pair[1][0])]
+            if len(mine) < len(read):
+                skipped["held_out" if self.side.name == "train" else "train"] = len(read) - len(mine)
+            read = mine
         good = [found for _, found in read if not isinstance(found, DataError)]
         encoded = iter(self.encoder.encode(good))
         kept: list[Encoded] = []
-        failed, skipped = 0, Counter[str]()
         for line, found in read:
             result = found if isinstance(found, DataError) else next(encoded)
             if isinstance(result, DataError):
@@ -341,6 +372,7 @@ def _manifest(job: _Job, template: ChatTemplate) -> Manifest:
             "on_error": job.on_error,
             "shard_tokens": job.shard_tokens,
             "counted_tokens": job.counted,
+            "side": job.side and list(job.side),
             "template": xxhash.xxh3_64_hexdigest(template.source.encode()),
         },
         inputs=job.inputs,

@@ -209,6 +209,6 @@ def _environment() -> tuple[Any, type[Exception]]:
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = to_json
+    environment.globals.update(raise_exception=raise_exception)
+    environment.filters.update(tojson=to_json)
     return environment, jinja2.TemplateError
