@@ -182,9 +182,11 @@ def type_name(annotation: Any) -> str:
     """A type as a reader writes it: ``tuple[float, float]``, ``Model | None``."""
     if annotation is types.NoneType:
         return "None"
+    if len(members := alternatives(annotation)) > 1:
+        return " | ".join(type_name(member) for member in members)
     if inspect.isclass(annotation) and typing.get_origin(annotation) is None:
         return annotation.__name__
-    return re.sub(r"(?:[\w-]+\.)+(?=\w)", "", str(annotation)).replace("NoneType", "None")
+    return re.sub(r"(?:[\w-]+\.)+(?=\w)", "", str(annotation))
 
 
 def fits(returns: Any, annotation: Any) -> bool:
