@@ -103,9 +103,10 @@ def beginnings(path: Path, output: Path, count: int, characters: int) -> Path:
 def parts(path: Path, folder: Path, count: int) -> Path:
     """The file cut at newlines into ``count`` files of similar size, for tools that parallelize over files."""
     folder.mkdir(parents=True, exist_ok=True)
-    if len(list(folder.glob("*.jsonl"))) == count:
-        return folder
     size = path.stat().st_size
+    there = [part.stat().st_size for part in folder.glob("*.jsonl")]
+    if len(there) == count and sum(there) == size:
+        return folder
     with path.open("rb") as stream:
         for number in range(count):
             with (folder / f"{number:05d}.jsonl").open("wb") as part:

@@ -51,7 +51,7 @@ def trained_tokenizer(cache: Path, corpus: Path, vocab_size: int) -> Path:
     """A folder with a byte-level BPE tokenizer, trained once on the start of the corpus."""
     from modalities_data.tokenizers.train import train_tokenizer
 
-    folder = cache / f"tokenizer-{vocab_size}"
+    folder = cache / f"tokenizer-{vocab_size}-{corpus.stem}"
     if not (folder / "tokenizer_config.json").is_file():
         print(f"training {folder.name} ...", file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
