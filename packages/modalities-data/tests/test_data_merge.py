@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+import shlex
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_data.lorem import lorem_document
+from modalities_data.manifest import write_manifest
 from modalities_data.packed import PackedFolder, verify
 from modalities_data.prepare import merge as merge_module
 from modalities_data.prepare.merge import merge
@@ -115,6 +120,53 @@ def test_merged_folders_have_every_document_of_each(tmp_path, write_jsonl, monke
     merge(folders[1:], tmp_path / "out", overwrite=True)
     assert verify(tmp_path / "out").documents == 40
     assert verify(folders[0]).documents == 20
+
+
+def test_appending_leaves_open_readers_what_they_had(tmp_path, write_jsonl) -> None:
+    for name in ("a", "b"):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [lorem_document(ord(name), number) for number in range(9)])
+        pack(source, tmp_path / name, BytesTokenizer(), workers=1)
+    before = PackedFolder(tmp_path / "a")
+    first = before.document(0).tolist()
+    with pytest.raises(DataError, match="exists already"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "a")
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "a", overwrite=True)
+    after = verify(tmp_path / "a")
+    assert (after.documents, len(after.inputs)) == (18, 2) and after.fingerprint != before.manifest.fingerprint
+    assert before.document(0).tolist() == first and len(before.tokens(0)) == before.manifest.tokens
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "a.jsonl", "b.jsonl"}
+
+
+def test_a_folder_of_an_unknown_tokenizer_is_refused(tmp_path, lorem_file) -> None:
+    pack(lorem_file, tmp_path / "a", BytesTokenizer(), workers=1)
+    made = pack(lorem_file, tmp_path / "b", BytesTokenizer(), workers=1).manifest
+    unknown = msgspec.structs.replace(made.tokenizer, fingerprint="")
+    for name in ("a", "b"):
+        write_manifest(tmp_path / name, msgspec.structs.replace(made, tokenizer=unknown))
+    with pytest.raises(DataError, match="does not say which tokenizer made it"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+def test_the_jobs_of_the_readme(command, tmp_path, monkeypatch, write_jsonl, tokenizer_file) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "README.md").read_text().split("## Inputs\n")[1].split("\n## ")[0]
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [lorem_document(ord(name), number) for number in range(50)])
+        (tmp_path / "texts" / f"{name}.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
+    parquet.write_table(
+        pytest.importorskip("pyarrow").table({"text": [lorem_document(9, number) for number in range(30)]}),
+        "more.parquet",
+    )
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    blocks = re.findall(r"```console\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        done = command(*shlex.split(line)[1:], "--json")
+        assert done.returncode == 0, done.stderr
+    assert verify(Path("corpus")).documents == 130
 
 
 def test_folders_of_different_tokenizers_are_refused_with_both_fingerprints(

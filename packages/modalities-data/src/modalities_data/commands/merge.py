@@ -23,6 +23,9 @@ def merge(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: boo
 
     \b
     Example: modalities-data merge web books train
+    Example: to append to a folder
+      modalities-data pack new.jsonl new --tokenizer train/tokenizer.json
+      modalities-data merge train new train --overwrite
     """
     from modalities_data.prepare.merge import merge as merge_folders
 

@@ -38,9 +38,12 @@ class _File(NamedTuple):
 def merge(folders: Sequence[Path], output: Path, overwrite: bool = False) -> MergeReport:
     """Join ``folders`` in their order into the packed folder ``output``, without rewriting a token.
 
-    Files are hard links where the file system has them, else copies. The parts of one ``pack(part=...)`` job are put
-    in their own order, and their names and manifest become those of a single run. Of other folders the shards are
-    numbered anew, and sidecars with source numbers, which mean something in one folder only, are left out.
+    Files are hard links where the file system has them, else copies. ``output`` may be one of ``folders``, with
+    ``overwrite``: that appends to it, and whoever has it open keeps what it was.
+
+    The parts of one ``pack(part=...)`` job are put in their own order, and their names and manifest become those of a
+    single run. Of other folders the shards are numbered anew, and sidecars with source numbers, which mean something
+    in one folder only, are left out.
 
     Args:
         folders: packed folders of the same tokenizer, dtype and vocabulary.
@@ -82,7 +85,13 @@ def merge(folders: Sequence[Path], output: Path, overwrite: bool = False) -> Mer
 
 
 def _check_same(one: PackedFolder, other: PackedFolder) -> None:
-    """Refuse folders whose ids mean different things."""
+    """Refuse folders whose ids mean different things, or that do not say what theirs mean."""
+    for folder in (one, other):
+        if not folder.manifest.tokenizer.fingerprint:
+            raise DataError(
+                f"{folder.folder} does not say which tokenizer made it, so it cannot be merged",
+                hint="convert it again with --tokenizer",
+            )
     facts = [
         {
             "tokenizer": folder.manifest.tokenizer.fingerprint,
@@ -164,6 +173,7 @@ def _sum(folders: list[PackedFolder], shards: list[Shard]) -> Manifest:
             records[0],
             engine=", ".join(engine for engine, _ in engines),
             engine_version=", ".join(number for _, number in engines),
+            parity_digest=records[0].parity_digest if len({record.parity_digest for record in records}) == 1 else "",
         ),
         accounting=sum((manifest.accounting for manifest in manifests), Accounting()),
         shards=shards,
