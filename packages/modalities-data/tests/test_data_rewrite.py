@@ -105,6 +105,28 @@ def test_lines_keep_their_bytes_but_for_ends_and_mark(tmp_path) -> None:
         shuffle_lines(tmp_path / "in.jsonl", tmp_path / "in.jsonl")
 
 
+def test_an_interrupted_job_leaves_nothing_and_a_killed_one_is_done_again(folder, tmp_path) -> None:
+    made = shuffle_folders([folder], tmp_path / "right", seed=5)
+
+    def interrupt(done, total, tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shuffle_folders([folder], tmp_path / "out", seed=5, on_progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+    # What a killed process leaves: shards that look whole, of the same job or of another.
+    (tmp_path / ".out.partial" / ".state").mkdir(parents=True)
+    (tmp_path / ".out.partial" / ".state" / "job.json").write_text("{}")
+    for name in ("00000.bin", "00000.idx", "00007.bin", ".lock", "tokenizer.model"):
+        (tmp_path / ".out.partial" / name).write_bytes(b"left")
+    assert shuffle_folders([folder], tmp_path / "out", seed=5).fingerprint == made.fingerprint
+    verify(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "right").iterdir()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "right"]
+
+
 def test_several_inputs_compressed_and_of_other_kinds(tmp_path) -> None:
     lines = [json.dumps({"text": f"text {number}", "even": number % 2 == 0}).encode() for number in range(1000)]
     (tmp_path / "in").mkdir()
