@@ -72,6 +72,8 @@ def test_megatron_pairs_are_linked_or_rewritten(tmp_path, dtype) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.bin", "one.idx", "out", "two.bin", "two.idx"]
     # An unknown tokenizer is no reason not to cut, but documents cannot be shown as text.
     chunk([tmp_path / "out"], tmp_path / "part", 1, 2)
+    with pytest.raises(DataError, match="whether their ids mean the same is unknown"):
+        chunk([tmp_path / "out", tmp_path / "part"], tmp_path / "two", 1, 2)
     assert inspect_folder(tmp_path / "out", 0, 10).summary["documents"] == 6
     with pytest.raises(DataError, match="without its tokenizer"):
         inspect_folder(tmp_path / "out", 1, 10)

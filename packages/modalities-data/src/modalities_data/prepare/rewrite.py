@@ -25,6 +25,7 @@ from modalities_data.megatron_index import Index
 from modalities_data.packed import PackedFolder, writing_shard
 from modalities_data.prepare.folder import STATE_FOLDER, check_replaceable, give_name, partial_folder, working_folder
 from modalities_data.prepare.shards import shard_name
+from modalities_data.tokenizers.opening import UNKNOWN_ENGINE
 
 BLOCK_DOCUMENTS = 1 << 16
 BATCH_TOKENS = 1 << 22
@@ -301,6 +302,12 @@ def _same_tokenizer(one: PackedFolder, other: PackedFolder) -> None:
         (folder.manifest.tokenizer.fingerprint, folder.manifest.end_of_document, folder.manifest.vocab_size)
         for folder in (one, other)
     ]
+    if UNKNOWN_ENGINE in (one.manifest.tokenizer.engine, other.manifest.tokenizer.engine):
+        raise DataError(
+            f"{one.folder} and {other.folder}: one was converted without its tokenizer, so whether their ids mean the "
+            "same is unknown",
+            hint="convert it again with --tokenizer",
+        )
     if facts[0] != facts[1]:
         told = [
             f"{folder.folder} has tokenizer {fingerprint} of {vocab_size} ids ending documents with {end}"
