@@ -7,7 +7,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from stat import S_ISREG
@@ -313,14 +313,22 @@ class PackedFolder:
             return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def problems(folder: Path) -> Iterator[str]:
+def problems(folder: Path, on_progress: Callable[[int, int, int], None] = lambda *now: None) -> Iterator[str]:
     """Everything wrong with the contents of a packed folder: reads every byte, checks every checksum, index and id.
+
+    Args:
+        folder: a packed folder.
+        on_progress: told bytes done, bytes in all, and tokens, before each shard.
 
     Raises:
         DataError: the folder cannot be opened at all.
     """
     packed = PackedFolder(folder)
+    total = sum(sum(shard.files().values()) for shard in packed.manifest.shards)
+    done = tokens = 0
     for number, shard in enumerate(packed.manifest.shards):
+        on_progress(done, total, tokens)
+        done, tokens = done + sum(shard.files().values()), tokens + shard.tokens
         path = packed.folder / f"{shard.name}.idx"
         found = checksum(path)
         if found != shard.index_checksum:
@@ -383,13 +391,17 @@ def _sidecar_problems(packed: PackedFolder, number: int) -> Iterator[str]:
         yield f"{packed.folder / shard.name}.mask: a mask is made of 0 and 1, found {int(mask.max())}"
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, on_progress: Callable[[int, int, int], None] = lambda *now: None) -> Manifest:
     """Check every byte of a packed folder and return its manifest.
+
+    Args:
+        folder: a packed folder.
+        on_progress: told bytes done, bytes in all, and tokens, before each shard.
 
     Raises:
         DataError: anything is wrong; the message lists the first ten problems.
     """
-    found = list(problems(folder))
+    found = list(problems(folder, on_progress))
     if found:
         more = f"\n(and {len(found) - 10} more)" if len(found) > 10 else ""
         raise DataError("\n".join(found[:10]) + more, hint="pack it again, or copy it again from where it was whole")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from modalities_data.commands.group import PATH, as_json_option, data
-from modalities_data.terminal import amount, say, summarize
+from modalities_data.terminal import amount, packing_progress, say, summarize
 
 
 @data.command()
@@ -39,7 +39,8 @@ def verify(folder: Path, as_json: bool) -> None:
     """
     from modalities_data.packed import verify as verify_folder
 
-    made = verify_folder(folder)
+    with packing_progress("verifying") as progress:
+        made = verify_folder(folder, progress)
     size = sum(shard.bytes + shard.index_bytes for shard in made.shards)
     say(f"{folder}: {len(made.shards)} shards, {amount(size, 'B')}, every checksum matches", as_json)
     summarize({"folder": str(folder), "shards": len(made.shards), "bytes": size, "fingerprint": made.fingerprint},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
@@ -61,8 +62,8 @@ def find_inputs(sources: Sources, format: FormatChoice = "auto") -> list[InputFi
     if not named:
         raise ConfigError("there is no input")
     found = [file for source in named for file in _expand(str(source), format)]
-    names = [file.name for file in found]
-    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+    times = Counter(file.name for file in found)
+    if twice := [name for name, count in times.items() if count > 1]:
         log.warning("%s is given more than once, and read as often", twice[0])
     return found
 

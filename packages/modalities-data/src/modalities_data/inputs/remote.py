@@ -69,7 +69,10 @@ def list_remote(address: str) -> Listing:
     """
     with remote_errors(address):
         system, path = file_system(address)
-        if any(character in path for character in "*?["):
+        if address.startswith(("http://", "https://")):
+            # Web servers have no folders, and question marks begin a query.
+            kind, found = "file", {path: system.info(path)}
+        elif any(character in path for character in "*?["):
             kind, found = "pattern", system.glob(path, detail=True)
         elif system.isdir(path):
             kind, found = "folder", system.find(path, detail=True)
