@@ -29,9 +29,15 @@ def is_address(name: str) -> bool:
 
 @contextmanager
 def remote_errors(name: str) -> Iterator[None]:
-    """Turn whatever a file system of fsspec raises into DataError; a missing file and the like stay OSError."""
+    """Turn whatever a file system of fsspec raises into DataError; operating-system errors stay what they are."""
     try:
         yield
+    except FileNotFoundError as error:
+        if error.strerror:
+            raise
+        # Some clients raise it, with the address alone, for a server that does not answer too.
+        why = f" ({error.__cause__})" if error.__cause__ else ""
+        raise DataError(f"{name}: there is no such file{why}") from error
     except (ModalitiesError, OSError):
         raise
     except Exception as error:  # each protocol brings the errors of its own client
@@ -65,7 +71,7 @@ def list_remote(address: str) -> Listing:
     """The file, every file in the folder, or every match of a pattern.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        DataError: nothing is there, or it cannot be reached.
     """
     with remote_errors(address):
         system, path = file_system(address)
