@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,38 @@ def test_megatron_documents_of_several_sequences(tmp_path) -> None:
     expected = [[*sequence, END] if sequence[-1] != END else sequence for sequence in sequences if sequence]
     assert contents(tmp_path / "each") == expected
     verify(tmp_path / "each")
+
+
+def test_sequences_out_of_order_are_put_in_order(tmp_path) -> None:
+    write_pair(tmp_path / "x", DOCUMENTS)
+    content = bytearray((tmp_path / "x.idx").read_bytes())
+    lengths, pointers = 34, 34 + 4 * len(DOCUMENTS)
+    struct.pack_into("<2i", content, lengths, 1, 4)  # the index gives the second document first
+    struct.pack_into("<2q", content, pointers, 8, 0)
+    (tmp_path / "x.idx").write_bytes(content)
+    from_megatron([tmp_path / "x"], tmp_path / "out", WORDS)
+    assert contents(tmp_path / "out") == [DOCUMENTS[1], DOCUMENTS[0], *DOCUMENTS[2:]]
+    assert not is_linked(tmp_path / "x.bin", tmp_path / "out" / "00000.bin")
+    verify(tmp_path / "out")
+    with struct_entries(tmp_path / "x.idx", [0, 2, 4]), pytest.raises(DataError, match="do not follow each other"):
+        from_megatron([tmp_path / "x"], tmp_path / "no", WORDS)
+
+
+@contextmanager
+def struct_entries(path: Path, entries):
+    """The index with other document entries."""
+    before = path.read_bytes()
+    head = before[:26] + struct.pack("<Q", len(entries)) + before[34 : 34 + 12 * len(DOCUMENTS)]
+    path.write_bytes(head + np.array(entries, "<i8").tobytes())
+    yield
+    path.write_bytes(before)
+
+
+def test_an_end_that_16_bits_do_not_hold_makes_32_of_them(tmp_path) -> None:
+    write_pair(tmp_path / "x", DOCUMENTS)
+    made = from_megatron([tmp_path / "x"], tmp_path / "out", Vocabulary(70_001, 70_000), append_end=True)
+    assert made.dtype == "int32" and contents(tmp_path / "out") == [[*document, 70_000] for document in DOCUMENTS]
+    verify(tmp_path / "out")
 
 
 def test_megatron_pairs_that_are_refused(tmp_path) -> None:
@@ -221,6 +254,16 @@ def test_pickled_pairs_are_read_as_pickle_reads_them(pairs, repeats, protocol) -
     assert [tuple(pair) for pair in read_pairs(pickle.dumps(pairs, protocol), "x").tolist()] == pairs
 
 
+def test_a_legacy_index_of_lines_is_read_too(tmp_path) -> None:
+    """Beside a JSONL file the original keeps (offset, length) of each line, pickled."""
+    lines = [b'{"text": "a"}', b'{"text": "longer"}', b"{}"]
+    starts = np.cumsum([0, *(len(line) + 1 for line in lines)])
+    pairs = [(int(start), len(line)) for start, line in zip(starts, lines, strict=False)]
+    found = read_pairs(pickle.dumps(pairs), "corpus.idx")
+    whole = b"\n".join(lines)
+    assert [whole[start : start + length] for start, length in found.tolist()] == lines
+
+
 class Evil:
     """What a crafted index does to whoever unpickles it."""
 
@@ -315,6 +358,11 @@ def test_datatrove_files_that_are_refused(tmp_path, folder) -> None:
     write_ds(tmp_path / "x.ds", DOCUMENTS, losses=[True])
     with pytest.raises(DataError, match="a byte for each of 14 tokens"):
         from_datatrove([tmp_path / "x.ds"], tmp_path / "out", WORDS)
+    for losses in (bytes([2] * 14), bytes(13) + b"\xff"):
+        (tmp_path / "x.ds.loss").write_bytes(losses)
+        for vocabulary, append_end in ((WORDS, False), (Vocabulary(1001, 1000), True)):
+            with pytest.raises(DataError, match="made of 0 and 1"):
+                from_datatrove([tmp_path / "x.ds"], tmp_path / "out", vocabulary, append_end=append_end)
     (tmp_path / "x.ds.loss").unlink()
     for index, message in ((b"", "8 bytes per document"), (bytes(15), "8 bytes per document"),
                            (struct.pack("<2Q", 4, 13), "end at 13 tokens"), (struct.pack("<2Q", 20, 14), "end at"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from modalities_data.commands.group import PATH, as_json_option, data, overwrite_option
-from modalities_data.terminal import amount, say, summarize
+from modalities_data.terminal import amount, packing_progress, say, summarize
 
 if TYPE_CHECKING:
     from modalities_data.convert.shards import Vocabulary
@@ -64,9 +64,18 @@ def from_megatron(
     """
     from modalities_data.convert import megatron
 
-    made = megatron.from_megatron(
-        prefixes, output, _vocabulary(**vocabulary), unit=unit, append_end=append_end, copy=copy, overwrite=overwrite
-    )
+    ids = _vocabulary(**vocabulary)
+    with packing_progress("converting") as progress:
+        made = megatron.from_megatron(
+            prefixes,
+            output,
+            ids,
+            unit=unit,
+            append_end=append_end,
+            copy=copy,
+            overwrite=overwrite,
+            on_progress=progress,
+        )
     _tell(output, made, as_json)
 
 
@@ -110,7 +119,9 @@ def from_pbin(
     """
     from modalities_data.convert import pbin
 
-    made = pbin.from_pbin(files, output, _vocabulary(**vocabulary), append_end=append_end, overwrite=overwrite)
+    ids = _vocabulary(**vocabulary)
+    with packing_progress("converting") as progress:
+        made = pbin.from_pbin(files, output, ids, append_end=append_end, overwrite=overwrite, on_progress=progress)
     _tell(output, made, as_json)
 
 
@@ -135,9 +146,11 @@ def from_datatrove(
     """
     from modalities_data.convert import datatrove
 
-    made = datatrove.from_datatrove(
-        sources, output, _vocabulary(**vocabulary), append_end=append_end, copy=copy, overwrite=overwrite
-    )
+    ids = _vocabulary(**vocabulary)
+    with packing_progress("converting") as progress:
+        made = datatrove.from_datatrove(
+            sources, output, ids, append_end=append_end, copy=copy, overwrite=overwrite, on_progress=progress
+        )
     _tell(output, made, as_json)
 
 

@@ -22,6 +22,7 @@ from modalities_data.convert.shards import RawTokens, Vocabulary, link_or_copy, 
 from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
 from modalities_data.packed import PackedFolder
+from modalities_data.prepare.rewrite import OnProgress
 from modalities_data.terminal import amount
 
 SUFFIXES = (".ds", ".ds.index", ".ds.metadata", ".ds.loss")
@@ -35,6 +36,7 @@ def from_datatrove(
     append_end: bool = False,
     copy: bool = False,
     overwrite: bool = False,
+    on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> Manifest:
     """Make a packed folder of ``.ds`` files, one linked shard each; their losses become masks.
 
@@ -45,6 +47,7 @@ def from_datatrove(
         append_end: put the end-of-document id where a document lacks it; the file is then rewritten.
         copy: never link.
         overwrite: replace an existing packed folder.
+        on_progress: told about progress.
 
     Raises:
         ConfigError: there is no source.
@@ -61,7 +64,7 @@ def from_datatrove(
     used = [path for file in files for path in (file, _beside(file, "index"), _beside(file, "loss")) if path.is_file()]
     return write_converted(
         [_read(file) for file in files], output, vocabulary, options={"command": "convert from-datatrove"},
-        inputs=used, append_end=append_end, copy=copy, overwrite=overwrite,
+        inputs=used, append_end=append_end, copy=copy, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
 from modalities_data.megatron_index import Index, read_index, write_index
 from modalities_data.packed import PackedFolder
+from modalities_data.prepare.rewrite import OnProgress
 
 Unit = Literal["document", "sequence"]
 
@@ -29,6 +31,7 @@ def from_megatron(
     append_end: bool = False,
     copy: bool = False,
     overwrite: bool = False,
+    on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> Manifest:
     """Make a packed folder of pairs; files of uint16 or int32 tokens are linked, others rewritten.
 
@@ -40,6 +43,7 @@ def from_megatron(
         append_end: put the end-of-document id where a document lacks it.
         copy: never link.
         overwrite: replace an existing packed folder.
+        on_progress: told about progress.
 
     Raises:
         ConfigError: there is no prefix.
@@ -52,7 +56,7 @@ def from_megatron(
     return write_converted(
         sources, output, vocabulary, options={"command": "convert from-megatron", "unit": unit}, append_end=append_end,
         inputs=[Path(f"{name}.{suffix}") for name in names for suffix in ("bin", "idx")], copy=copy,
-        overwrite=overwrite,
+        overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -107,10 +111,11 @@ def _prefix(path: Path) -> str:
 def _read(prefix: str, unit: Unit) -> RawTokens:
     """The documents of a pair."""
     path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    with user_errors(index_path):
-        content = index_path.read_bytes()
+    with user_errors(index_path), index_path.open("rb") as stream:
         size = path.stat().st_size
-    index = read_index(index_path, content, size)
+        # An empty file cannot be mapped.
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if index_path.stat().st_size else b""
+    index = read_index(index_path, memoryview(mapped), size)
     _check(index, index_path, size)
     starts = index.pointers // index.dtype.itemsize
     lengths = index.lengths.astype(np.int64)

@@ -18,6 +18,7 @@ from modalities_data.convert.legacy_index import read_pairs
 from modalities_data.convert.shards import RawTokens, Vocabulary, write_converted
 from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
+from modalities_data.prepare.rewrite import OnProgress
 
 HEADER = struct.Struct("<QI")
 DTYPES = {1: "<u1", 2: "<u2", 4: "<u4"}
@@ -32,6 +33,7 @@ def from_pbin(
     *,
     append_end: bool = False,
     overwrite: bool = False,
+    on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> Manifest:
     """Make a packed folder of ``.pbin`` files, one shard each.
 
@@ -44,6 +46,7 @@ def from_pbin(
         vocabulary: what the ids mean.
         append_end: put the end-of-document id where a document lacks it.
         overwrite: replace an existing packed folder.
+        on_progress: told about progress.
 
     Raises:
         ConfigError: there is no file.
@@ -54,7 +57,7 @@ def from_pbin(
     sources = [_read(Path(file)) for file in files]
     return write_converted(
         sources, output, vocabulary, options={"command": "convert from-pbin"}, inputs=[Path(file) for file in files],
-        append_end=append_end, overwrite=overwrite,
+        append_end=append_end, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
 
 

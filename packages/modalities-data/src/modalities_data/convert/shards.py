@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -33,7 +33,7 @@ from modalities_data.manifest import (
 from modalities_data.megatron_index import LONGEST_DOCUMENT, index_bytes, token_dtype, write_index
 from modalities_data.packed import CHECKSUM_BLOCK, writing_shard
 from modalities_data.prepare.folder import check_replaceable, partial_folder
-from modalities_data.prepare.rewrite import finish, making_folder
+from modalities_data.prepare.rewrite import OnProgress, finish, making_folder
 from modalities_data.prepare.shards import shard_name
 from modalities_data.tokenizers.opening import UNKNOWN_ENGINE
 
@@ -131,6 +131,7 @@ def write_converted(
     append_end: bool = False,
     copy: bool = False,
     overwrite: bool = False,
+    on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> Manifest:
     """Make a packed folder of tokens in files, one shard each; every id is read and checked.
 
@@ -146,6 +147,7 @@ def write_converted(
         append_end: put the end-of-document id behind documents that lack it.
         copy: never link.
         overwrite: replace an existing packed folder.
+        on_progress: told about progress.
 
     Raises:
         DataError: an id is not in the vocabulary, a document does not end with the end-of-document id, there is none,
@@ -155,16 +157,23 @@ def write_converted(
     output = Path(os.path.abspath(output))
     check_replaceable(output, overwrite)
     partial = partial_folder(output)
-    stored = {STORED_AS.get(source.dtype.str) for source in sources}
-    dtype = (stored.pop() if len(stored) == 1 else None) or token_dtype(vocabulary.vocab_size)
+    dtype = _dtype(sources, vocabulary)
     shards: list[Shard] = []
     counts = Accounting()
+    total, done, tokens = sum(source.tokens * source.dtype.itemsize for source in sources), 0, 0
+
+    def report(ids: np.ndarray) -> None:
+        nonlocal done, tokens
+        done, tokens = done + ids.nbytes, tokens + len(ids)
+        on_progress(done, total, tokens)
+
+    job = _Job(partial, dtype, vocabulary, append_end, copy, report)
     with user_errors(partial), making_folder(partial, {"options": options, "started": time.time_ns()}):
         for source in sources:
             kept = _without_empty(source)
             counts += Accounting(len(source.lengths), len(kept.lengths), _rule(len(source.lengths) - len(kept.lengths)))
             if len(kept.lengths):
-                shards.append(_write(kept, partial, shard_name(len(shards)), dtype, vocabulary, append_end, copy))
+                shards.append(_write(kept, shard_name(len(shards)), job))
         if not shards:
             raise DataError("there is no document to convert")
         save = getattr(vocabulary.tokenizer, "save", None)
@@ -193,74 +202,103 @@ def _without_empty(source: RawTokens) -> RawTokens:
     return source._replace(starts=source.starts[has_tokens], lengths=source.lengths[has_tokens])
 
 
-def _write(
-    source: RawTokens, folder: Path, name: str, dtype: str, vocabulary: Vocabulary, append_end: bool, copy: bool
-) -> Shard:
+def _dtype(sources: Sequence[RawTokens], vocabulary: Vocabulary) -> str:
+    """The dtype the files have, if it is one of ours and holds the end of a document; else Megatron-LM's choice."""
+    stored = {STORED_AS.get(source.dtype.str) for source in sources}
+    one = stored.pop() if len(stored) == 1 else None
+    if one is not None and vocabulary.end_of_document <= np.iinfo(one).max:
+        return one
+    return token_dtype(vocabulary.vocab_size)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every shard is made with; ``report`` is told the ids that were checked."""
+
+    folder: Path
+    dtype: str
+    vocabulary: Vocabulary
+    append_end: bool
+    copy: bool
+    report: Callable[[np.ndarray], None]
+
+
+def _write(source: RawTokens, name: str, job: _Job) -> Shard:
     """One shard, from one file."""
     if int(source.lengths.max()) >= LONGEST_DOCUMENT:
         raise DataError(f"{source.path}: a document has {int(source.lengths.max())} tokens, too many for the format")
     tokens = source.mapped()
-    lacking = tokens[source.starts + source.lengths - 1] != vocabulary.end_of_document
-    if lacking.any() and not append_end:
+    end = job.vocabulary.end_of_document
+    lacking = tokens[source.starts + source.lengths - 1] != end
+    if lacking.any() and not job.append_end:
         raise DataError(
-            f"{source.path}: {int(lacking.sum())} of {len(lacking)} documents do not end with id "
-            f"{vocabulary.end_of_document}, the first of them document {int(np.argmax(lacking))}",
+            f"{source.path}: {int(lacking.sum())} of {len(lacking)} documents do not end with id {end}, the first of "
+            f"them document {int(np.argmax(lacking))}",
             hint="is this the right end-of-document id? --append-end puts it where it is missing",
         )
-    as_it_is = not source.offset and STORED_AS.get(source.dtype.str) == dtype and source.back_to_back()
-    whole = as_it_is and source.path.stat().st_size == tokens.nbytes
-    if whole and not lacking.any():
-        return _linked(source, tokens, folder, name, dtype, vocabulary, copy)
-    return _rewritten(source, tokens, lacking, folder, name, dtype, vocabulary)
+    as_it_is = not source.offset and STORED_AS.get(source.dtype.str) == job.dtype and source.back_to_back()
+    if as_it_is and source.path.stat().st_size == tokens.nbytes and not lacking.any():
+        return _linked(source, tokens, name, job)
+    return _rewritten(source, tokens, lacking, name, job)
 
 
-def _linked(
-    source: RawTokens, tokens: np.ndarray, folder: Path, name: str, dtype: str, vocabulary: Vocabulary, copy: bool
-) -> Shard:
+def _linked(source: RawTokens, tokens: np.ndarray, name: str, job: _Job) -> Shard:
     """The file as it is; its checksums, and every id checked."""
-    link_or_copy(source.path, folder / f"{name}.bin", copy)
+    link_or_copy(source.path, job.folder / f"{name}.bin", job.copy)
     whole, blocks, largest = xxhash.xxh3_64(), [], 0
     data = tokens.data.cast("B")
     for start in range(0, len(data), CHECKSUM_BLOCK):
         part = data[start : start + CHECKSUM_BLOCK]
         whole.update(part)
         blocks.append(xxhash.xxh3_64_hexdigest(part))
-        largest = max(largest, _largest(np.frombuffer(part, source.dtype), source, vocabulary))
-    with replacing(folder / f"{name}.idx") as stream:
-        write_index(stream, dtype, source.lengths)
+        largest = max(largest, _largest(np.frombuffer(part, source.dtype), source, job))
+    with replacing(job.folder / f"{name}.idx") as stream:
+        write_index(stream, job.dtype, source.lengths)
     mask = None
     if source.mask is not None:
-        link_or_copy(source.mask, folder / f"{name}.mask", copy)
+        _mask(source)
+        link_or_copy(source.mask, job.folder / f"{name}.mask", job.copy)
         mask = Sidecar(len(tokens), checksum(source.mask))
     return Shard(
         name=name, tokens=len(tokens), documents=len(source.lengths), bytes=len(data),
         index_bytes=index_bytes(len(source.lengths)), text_bytes=0, largest_id=largest, checksum=whole.hexdigest(),
-        block_checksums=blocks, index_checksum=checksum(folder / f"{name}.idx"),
+        block_checksums=blocks, index_checksum=checksum(job.folder / f"{name}.idx"),
         source=Source(str(source.path), 0, len(data)), mask=mask,
     )  # fmt: skip
 
 
-def _rewritten(
-    source: RawTokens, tokens: np.ndarray, lacking: np.ndarray, folder: Path, name: str, dtype: str,
-    vocabulary: Vocabulary,
-) -> Shard:  # fmt: skip
-    """The documents copied one after the other, with their missing ends."""
-    mask = None if source.mask is None else np.memmap(source.mask, np.uint8, "r")
-    end = np.array([vocabulary.end_of_document], dtype)
-    with writing_shard(folder, name, dtype, mask=mask is not None) as writer:
+def _rewritten(source: RawTokens, tokens: np.ndarray, lacking: np.ndarray, name: str, job: _Job) -> Shard:
+    """The documents copied one after the other, with their missing ends, which count as targets."""
+    mask = None if source.mask is None else _mask(source)
+    with writing_shard(job.folder, name, job.dtype, mask=mask is not None) as writer:
         for first, last in _batches(source.lengths):
-            parts, masks = [], []
-            rows = zip(source.starts[first:last], source.lengths[first:last], lacking[first:last], strict=True)
-            for start, length, lacks in rows:
-                ids = tokens[start : start + length]
-                _largest(ids, source, vocabulary)
-                parts += [ids.astype(dtype), end] if lacks else [ids.astype(dtype)]
-                if mask is not None:
-                    masks += [mask[start : start + length], np.ones(int(lacks), np.uint8)]
-            lengths = source.lengths[first:last] + lacking[first:last]
-            writer.append(np.concatenate(parts), lengths, 0, np.concatenate(masks) if masks else None)
+            starts, lengths, lacks = source.starts[first:last], source.lengths[first:last], lacking[first:last]
+            ids = _taken(tokens, starts, lengths)
+            _largest(ids, source, job)
+            places = np.cumsum(lengths)[lacks]
+            writer.append(
+                np.insert(ids.astype(job.dtype), places, job.vocabulary.end_of_document), lengths + lacks, 0,
+                None if mask is None else np.insert(_taken(mask, starts, lengths), places, 1),
+            )  # fmt: skip
     used = Source(str(source.path), source.offset, source.offset + source.tokens * source.dtype.itemsize)
-    return writer.shard(checksum(folder / f"{name}.idx"), used)
+    return writer.shard(checksum(job.folder / f"{name}.idx"), used)
+
+
+def _taken(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The values of documents, back to back."""
+    ends = starts + lengths
+    if np.array_equal(starts[1:], ends[:-1]):
+        return values[int(starts[0]) : int(ends[-1])]
+    return np.concatenate([values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+
+
+def _mask(source: RawTokens) -> np.ndarray:
+    """(tokens,) uint8 of the mask file, if it is made of 0 and 1."""
+    assert source.mask is not None
+    mask = np.memmap(source.mask, np.uint8, "r")
+    if int(mask.max()) > 1:
+        raise DataError(f"{source.mask}: a mask is made of 0 and 1, found {int(mask.max())}")
+    return mask
 
 
 def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -269,12 +307,14 @@ def _batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     yield from pairwise([0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(lengths)])
 
 
-def _largest(ids: np.ndarray, source: RawTokens, vocabulary: Vocabulary) -> int:
+def _largest(ids: np.ndarray, source: RawTokens, job: _Job) -> int:
     """The largest id, if all are in the vocabulary."""
+    vocabulary = job.vocabulary
     smallest, largest = int(ids.min()), int(ids.max())
     if smallest < 0 or largest >= vocabulary.vocab_size:
         found = smallest if smallest < 0 else largest
         raise DataError(f"{source.path}: id {found} is not in a vocabulary of {vocabulary.vocab_size} ids")
+    job.report(ids)
     return largest
 
 
