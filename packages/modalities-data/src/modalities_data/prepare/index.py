@@ -20,6 +20,7 @@ from modalities_data.jsonl import BYTE_ORDER_MARK, ByteRange, blocks, failure_er
 
 FORMAT = "modalities-lines"
 VERSION = 1
+WINDOW = 64 << 20
 CHUNK = 512 << 10
 FEW_NEWLINES = 128
 """Below so many in a chunk, one search per newline is faster than looking at every byte as a number."""
@@ -102,17 +103,16 @@ class _Scan:
 
     def starts(self, stream: FileIO, digest: xxhash.xxh3_64) -> Iterator[np.ndarray]:
         """Positions of lines that are not blank, (lines,) int64, chunk by chunk."""
+        size = os.fstat(stream.fileno()).st_size
         if stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
             digest.update(BYTE_ORDER_MARK)
             self.position = len(BYTE_ORDER_MARK)
-        stream.seek(self.position)
         at_start = True  # whether the next byte begins a line
         few = False
-        buffer = bytearray(CHUNK)  # one for all chunks: new memory for each would cost as much as the search
-        while count := stream.readinto(buffer):
-            chunk = buffer if count == CHUNK else buffer[:count]
-            digest.update(chunk)
-            ends = _find(chunk) if few else np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10)
+        for window, low, high in _chunks(stream, self.position, size):
+            digest.update(memoryview(window)[low:high])
+            chunk = np.frombuffer(window, np.uint8, high - low, low)
+            ends = _find(window, low, high) if few else np.flatnonzero(chunk == 10)
             few = len(ends) < FEW_NEWLINES
             starts = ends + 1
             ends_with_newline = bool(len(starts)) and int(starts[-1]) == len(chunk)
@@ -121,15 +121,14 @@ class _Scan:
             if at_start:
                 starts = np.concatenate([[0], starts])
             at_start = ends_with_newline
-            starts = self._without_blank(stream, chunk, starts)
+            starts = self._without_blank(stream, chunk, starts) + self.position
             self.lines += len(starts)
-            starts += self.position
             self.position += len(chunk)
             yield starts
 
-    def _without_blank(self, stream: FileIO, chunk: bytearray, starts: np.ndarray) -> np.ndarray:
+    def _without_blank(self, stream: FileIO, chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Drop the lines of white space: only lines that begin with some are looked at."""
-        firsts = np.frombuffer(chunk, np.uint8)[starts]
+        firsts = chunk[starts]
         suspects = np.flatnonzero(firsts <= 32)
         if not len(suspects):
             return starts
@@ -137,37 +136,43 @@ class _Scan:
         blank = np.zeros(len(starts), bool)
         blank[suspects[empty]] = True
         for number in suspects[~empty].tolist():
-            blank[number] = _is_blank(stream, chunk, int(starts[number]))
+            blank[number] = _is_blank(stream, self.position + int(starts[number]))
         self.blank_lines += int(blank.sum())
         return starts[~blank]
 
 
-def _find(chunk: bytearray) -> np.ndarray:
-    """Positions of newlines, by searching for one after the other."""
+def _chunks(stream: FileIO, start: int, size: int) -> Iterator[tuple[mmap.mmap, int, int]]:
+    """Parts of the file, mapped a window at a time, which is twice as fast as reading and keeps memory bounded."""
+    for offset in range(0, size, WINDOW):
+        length = min(WINDOW, size - offset)
+        window = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=offset)
+        for low in range(max(0, start - offset), length, CHUNK):
+            yield window, low, min(low + CHUNK, length)
+
+
+def _find(window: mmap.mmap, low: int, high: int) -> np.ndarray:
+    """Positions of newlines from ``low``, by searching for one after the other."""
     found = []
-    position = chunk.find(b"\n")
+    position = window.find(b"\n", low, high)
     while position >= 0:
         found.append(position)
-        position = chunk.find(b"\n", position + 1)
-    return np.array(found, np.int64)
+        position = window.find(b"\n", position + 1, high)
+    return np.array(found, np.int64) - low
 
 
-def _is_blank(stream: FileIO, chunk: bytearray, start: int) -> bool:
-    """Whether the line at ``start`` of the chunk just read has nothing but white space."""
-    end = chunk.find(b"\n", start)
-    if end >= 0 or not chunk[start:].isspace():
-        return chunk[start : end if end >= 0 else None].isspace()
-    behind = stream.tell()
-    try:
-        while part := stream.read(1 << 16):
-            end = part.find(b"\n")
-            if end >= 0:
-                return end == 0 or part[:end].isspace()
-            if not part.isspace():
-                return False
-        return True
-    finally:
-        stream.seek(behind)
+def _is_blank(stream: FileIO, position: int) -> bool:
+    """Whether the line at ``position`` has nothing but white space."""
+    size = 256
+    while True:
+        stream.seek(position)
+        part = stream.read(size)
+        end = part.find(b"\n")
+        if end >= 0 or not part:
+            return end <= 0 or part[:end].isspace()
+        if not part.isspace():
+            return False
+        position += len(part)
+        size = 1 << 16
 
 
 class Lines(NamedTuple):
