@@ -36,7 +36,8 @@ def _part(context: click.Context, parameter: click.Parameter, value: str | None)
 @data.command()
 @click.argument("sources", metavar="INPUT...", nargs=-1, required=True)
 @click.argument("output", type=PATH)
-@click.option("--tokenizer", required=True, metavar="PATH|bytes", help="A tokenizer.json, or bytes.")
+@click.option("--tokenizer", required=True, metavar="PATH|bytes",
+              help="A tokenizer.json, a SentencePiece .model, a .tiktoken file of ranks, or bytes.")  # fmt: skip
 @end_option
 @click.option("--engine", type=click.Choice(["auto", "fastokens", "gigatoken", "tokenizers"]), default="auto",
               show_default=True, help="What computes the ids; auto takes the fastest that is exact.")  # fmt: skip

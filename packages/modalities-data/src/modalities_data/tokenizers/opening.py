@@ -67,7 +67,7 @@ def recorded_tokenizer(folder: Path, record: TokenizerRecord) -> Tokenizer:
     if record.engine == UNKNOWN_ENGINE:
         raise DataError(
             f"{folder} was converted without its tokenizer, so its tokens cannot be read as text",
-            hint="convert it again with --tokenizer",
+            hint="convert it again with --tokenizer; `inspect --documents 0` shows the counts alone",
         )
     files = {"bytes": None, "sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
     file = files.get(record.engine, "tokenizer.json")
