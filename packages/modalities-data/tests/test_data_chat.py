@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from modalities_data.manifest import read_manifest
 from modalities_data.packed import PackedFolder, verify
-from modalities_data.prepare.chat import ChatEncoder, Side, pack_chat
+from modalities_data.prepare.chat import Side, pack_chat
+from modalities_data.prepare.chat_encoder import ChatEncoder
 from modalities_data.prepare.chat_template import ChatTemplate, read_template
 from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from modalities_core.errors import DataError
 from modalities_data import packed as packed_module
+from modalities_data import packed_writer
 from modalities_data.jsonl import documents
 from modalities_data.manifest import Accounting, read_manifest
 from modalities_data.megatron_index import index_bytes, read_index, token_dtype
@@ -137,7 +138,7 @@ def test_ids_of_large_vocabularies_are_int32(tmp_path, write_jsonl) -> None:
 
 
 def test_checksums_of_blocks_are_independent_of_how_it_was_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(packed_module, "CHECKSUM_BLOCK", 100)
+    monkeypatch.setattr(packed_writer, "CHECKSUM_BLOCK", 100)
     tokens = np.random.default_rng(0).integers(0, 500, 425).astype(np.uint32)
     with writing_shard(tmp_path, "a", "uint16") as writer:
         for part in np.split(tokens, [1, 2, 150, 151, 400]):

@@ -117,7 +117,8 @@ def plan(lengths: Callable[[], Iterable[np.ndarray]], sequence_length: int) -> P
         sequence_length: T; a sample has room for T + 1 tokens.
 
     Returns:
-        A plan that takes 4 bytes per document (8 beyond 2**32 of them), and no more while it is made but for 50 MB.
+        A plan that takes 4 bytes per document (8 beyond 2**32 of them) and 16 per document longer than a sample; making
+        it takes 50 MB more.
     """
     counts = np.zeros(sequence_length + 1, np.int64)
     long_documents, long_pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]

@@ -209,6 +209,7 @@ def _environment() -> tuple[Any, type[Exception]]:
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment.globals.update(raise_exception=raise_exception)
-    environment.filters.update(tojson=to_json)
+    added: dict[str, Any] = {"raise_exception": raise_exception}
+    environment.globals.update(added)
+    environment.filters["tojson"] = to_json
     return environment, jinja2.TemplateError
