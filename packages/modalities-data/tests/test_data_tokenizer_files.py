@@ -141,6 +141,12 @@ def test_cl100k_cuts_numbers_and_contractions() -> None:
         assert words(name, text) == text.split("|")
 
 
+@pytest.mark.parametrize("name", ["bytes", "some.model", "some.tiktoken"])
+def test_engines_are_of_tokenizer_json_files_only(name) -> None:
+    with pytest.raises(ConfigError, match=f"{name} has no choice of engines, so not fastokens"):
+        named_tokenizer(name, engine="fastokens")
+
+
 def test_tiktoken_mistakes(ranks_file, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"need the pattern[^\n]*\n.*some\.tiktoken\.json"):
         named_tokenizer(str(ranks_file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -31,6 +32,8 @@ BLOCK_DOCUMENTS = 1 << 16
 BATCH_TOKENS = 1 << 22
 SHARD_TOKENS = 1 << 27
 OPEN_INDEXES = 128
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, int], None]
 """Called with bytes done, bytes in all, and tokens written."""
@@ -84,6 +87,10 @@ class JoinedFolders:
         self.has_mask = any(entry.mask is not None for entry in entries)
         # Numbers of sources mean something within one folder only.
         self.has_origins = len(self.folders) > 1 or all(entry.origins is not None for entry in entries)
+        if not self.has_origins and any(entry.origins is not None for entry in entries):
+            log.warning(
+                "%s: only some of its shards know the sources of their documents; they are left out", folders[0]
+            )
         self._indexes: OrderedDict[int, Index] = OrderedDict()
 
     def index(self, shard: int) -> Index:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modalities_core.errors import DataError
+from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Tokenizer
 from modalities_data.manifest import TokenizerRecord
 
@@ -19,13 +19,16 @@ def named_tokenizer(name: str, end_of_document: str = DEFAULT_END, engine: str =
     A SentencePiece model that lacks the usual end-of-document token ends documents with its own end of sentence.
 
     Raises:
-        ConfigError: there is no such tokenizer, or its vocabulary lacks the end-of-document token.
+        ConfigError: there is no such tokenizer, its vocabulary lacks the end-of-document token, or an engine is named
+            that it has not.
     """
+    path = _file(Path(name))
+    if engine != "auto" and (name == "bytes" or path.suffix in (".tiktoken", ".model")):
+        raise ConfigError(f"{name} has no choice of engines, so not {engine}", hint="leave --engine out")
     if name == "bytes":
         from modalities_data.tokenizers.bytes import BytesTokenizer
 
         return BytesTokenizer()
-    path = _file(Path(name))
     if path.suffix == ".tiktoken" or (path.suffix == ".model" and _has_ranks(path)):
         from modalities_data.tokenizers.tiktoken import TiktokenTokenizer
 
