@@ -137,6 +137,24 @@ def test_appending_leaves_open_readers_what_they_had(tmp_path, write_jsonl) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "a.jsonl", "b.jsonl"}
 
 
+def test_a_killed_merge_is_taken_up_without_leftovers(tmp_path, lorem_file, tokenizer_file, monkeypatch) -> None:
+    pack(lorem_file, tmp_path / "a", HuggingFaceTokenizer(tokenizer_file), workers=1, range_bytes=50_000)
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge_module, "write_manifest", killed)
+        merge([tmp_path / "a"], tmp_path / "out")
+    partial = tmp_path / ".out.partial"
+    assert partial.is_dir() and not (tmp_path / "out").exists()
+    (partial / ".manifest.json.1.tmp").touch()
+    merge([tmp_path / "a"], tmp_path / "out")
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "a").keys()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert not partial.exists() and verify(tmp_path / "out").documents == 400
+
+
 def test_a_folder_of_an_unknown_tokenizer_is_refused(tmp_path, lorem_file) -> None:
     pack(lorem_file, tmp_path / "a", BytesTokenizer(), workers=1)
     made = pack(lorem_file, tmp_path / "b", BytesTokenizer(), workers=1).manifest

@@ -13,9 +13,9 @@ import msgspec
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_data.disk import user_errors
-from modalities_data.manifest import Accounting, Input, Manifest, Shard, write_manifest
+from modalities_data.manifest import FILE_NAME, Accounting, Input, Manifest, Shard, write_manifest
 from modalities_data.packed import PackedFolder
-from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
+from modalities_data.prepare.folder import STATE_FOLDER, check_replaceable, give_name, partial_folder, working_folder
 from modalities_data.prepare.shards import shard_name
 
 REJECTED = ".rejected.jsonl"
@@ -78,9 +78,10 @@ def merge(folders: Sequence[Path], output: Path, overwrite: bool = False) -> Mer
         raise DataError("the folders have no documents")
     partial = partial_folder(output)
     identity = {"merge": [[str(folder.folder.resolve()), folder.manifest.fingerprint] for folder in opened]}
+    files += [_File(path, path.name) for path in sorted(opened[0].folder.glob("tokenizer.*"))]
     with user_errors(partial), working_folder(partial, identity):
         copied = sum(_link(file, partial) for file in files)
-        _finish(partial, output, opened[0].folder, manifest, overwrite)
+        _finish(partial, output, {file.name for file in files}, manifest, overwrite)
     return MergeReport(manifest, copied)
 
 
@@ -210,11 +211,11 @@ def _link(file: _File, folder: Path) -> bool:
         return True
 
 
-def _finish(partial: Path, output: Path, first: Path, manifest: Manifest, overwrite: bool) -> None:
-    """Write the manifest last, and give the folder its name."""
-    for file in first.glob("tokenizer.*"):
-        _link(_File(file, file.name), partial)
+def _finish(partial: Path, output: Path, names: set[str], manifest: Manifest, overwrite: bool) -> None:
+    """Write the manifest last, drop what a killed run may have left, and give the folder its name."""
     write_manifest(partial, manifest)
-    shutil.rmtree(partial / ".state")
-    (partial / ".lock").unlink()
+    shutil.rmtree(partial / STATE_FOLDER)
+    for entry in partial.iterdir():
+        if entry.name not in names | {FILE_NAME}:
+            entry.unlink()
     give_name(partial, output, overwrite)
