@@ -59,7 +59,7 @@ class PackedFolder:
             self._check_sizes(shard)
         self._mapped: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
         self._indices: OrderedDict[int, Index] = OrderedDict()
-        self._ends: dict[int, np.ndarray] = {}
+        self._ends: np.ndarray | None = None
         self._lock = threading.Lock()
         self._document_ends = np.cumsum([shard.documents for shard in self.manifest.shards], dtype=np.int64)
 
@@ -103,20 +103,32 @@ class PackedFolder:
         counts = np.diff(self._document_ends, prepend=0)
         return shards, documents - (self._document_ends - counts)[shards]
 
+    def document_ends(self) -> np.ndarray | None:
+        """Behind the last token of every document, (documents,) int64 from the folder's first token.
+
+        None where they are too many to keep at hand; see ``documents_at`` and ``ends_of`` then.
+        """
+        if self.manifest.documents * 8 > ENDS_BYTES:
+            return None
+        with self._lock:
+            if self._ends is None:
+                before, parts = 0, [np.empty(0, np.int64)]
+                for number, shard in enumerate(self.manifest.shards):
+                    index = self.index(number)
+                    parts.append(index.pointers // self.dtype.itemsize + index.lengths + before)
+                    before += shard.tokens
+                self._ends = np.concatenate(parts)
+            return self._ends
+
     def documents_at(self, number: int, places: np.ndarray) -> np.ndarray:
         """Which documents of a shard hold the tokens at ``places``, (N,) int64; ``documents`` behind the last."""
-        if self.manifest.documents * 8 <= ENDS_BYTES:
-            return np.searchsorted(self._all_ends(number), places, side="right")
-        # Too many documents to keep their ends at hand: search the file itself.
         starts = self.kept_index(number).pointers
         size, total = self.dtype.itemsize, self.manifest.shards[number].tokens
         found = [bisect_right(starts, place * size) - 1 if place < total else len(starts) for place in places.tolist()]
-        return np.maximum(np.array(found, np.int64), 0)
+        return np.array(found, np.int64)
 
     def ends_of(self, number: int, documents: np.ndarray) -> np.ndarray:
         """Behind the last token of each of ``documents`` of a shard, (N,) int64 tokens from the shard's start."""
-        if self.manifest.documents * 8 <= ENDS_BYTES:
-            return self._all_ends(number)[documents]
         index = self.kept_index(number)
         return index.pointers[documents] // self.dtype.itemsize + index.lengths[documents]
 
@@ -130,14 +142,6 @@ class PackedFolder:
             if len(self._indices) > OPEN_SHARDS:
                 self._indices.popitem(last=False)
         return index
-
-    def _all_ends(self, number: int) -> np.ndarray:
-        """Behind the last token of each document of a shard, (documents,) int64; aligned, unlike the file."""
-        ends = self._ends.get(number)
-        if ends is None:
-            index = self.index(number)
-            ends = self._ends[number] = index.pointers // self.dtype.itemsize + index.lengths
-        return ends
 
     def _kept(self, number: int, suffix: str, dtype: np.dtype) -> np.ndarray:
         """The content of a file, which stays mapped while there is room."""

@@ -63,6 +63,7 @@ class PackedDataset:
         self._separate = documents == "separate"
         self._masked = any(shard.mask is not None for shard in manifest.shards)
         self._ends = np.cumsum([shard.tokens for shard in manifest.shards], dtype=np.int64)
+        self._begins = np.concatenate([[0], self._ends[:-1]])
 
     def __len__(self) -> int:
         """Whole samples; the tokens of a last, shorter one are left out."""
@@ -76,84 +77,87 @@ class PackedDataset:
             DataError: a token id is larger than the manifest says, so the file is damaged.
         """
         starts = checked(indices, len(self)) * self.sequence_length
-        groups = self._by_shard(starts)
-        tokens = self._rows(starts, groups, mask=False)
-        check_ids(self._packed, tokens)
-        weights = self._rows(starts, groups, mask=True)[:, 1:].astype(np.float32) if self._masked else None
-        return Samples(tokens, weights, self._segments(starts, groups) if self._separate else None)
-
-    def _by_shard(self, starts: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
-        """Shards, each with the rows that start in it."""
         shards = np.searchsorted(self._ends, starts, side="right")
-        if not len(shards):
-            return []
-        if (shards == shards[0]).all():
-            return [(int(shards[0]), slice(None))]
-        order = np.argsort(shards, kind="stable")
-        cuts = np.flatnonzero(np.diff(shards[order])) + 1
-        return [(int(shards[rows[0]]), rows) for rows in np.split(order, cuts)]
+        tokens = self._rows(starts, shards, mask=False)
+        check_ids(self._packed, tokens)
+        weights = self._rows(starts, shards, mask=True)[:, 1:].astype(np.float32) if self._masked else None
+        return Samples(tokens, weights, self._segments(starts, shards) if self._separate else None)
 
-    def _begin(self, shard: int) -> int:
-        """The place of a shard's first token in the whole row."""
-        return int(self._ends[shard - 1]) if shard else 0
+    def _stored(self, shard: int, mask: bool) -> np.ndarray | None:
+        """The tokens of a shard, or which of them count; None where all do."""
+        return self._packed.mask(shard) if mask else self._packed.tokens(shard)
 
-    def _stored(self, shard: int, mask: bool) -> np.ndarray:
-        """The tokens of a shard, or which of them count."""
-        if not mask:
-            return self._packed.tokens(shard)
-        found = self._packed.mask(shard)
-        return np.broadcast_to(np.uint8(1), self._packed.manifest.shards[shard].tokens) if found is None else found
-
-    def _rows(self, starts: np.ndarray, groups: list[tuple[int, np.ndarray | slice]], mask: bool) -> np.ndarray:
+    def _rows(self, starts: np.ndarray, shards: np.ndarray, mask: bool) -> np.ndarray:
         """(N, T + 1): the stored values from each start on."""
         width = self.sequence_length + 1
-        result: np.ndarray | None = None
-        for shard, rows in groups:
-            stored = self._stored(shard, mask)
-            places = starts[rows] - self._begin(shard)
-            whole = int(places.max()) + width <= len(stored)
-            if whole and isinstance(rows, slice) and stored.flags.c_contiguous:
-                return windows(stored, width)[places]
-            if result is None:
-                result = np.empty((len(starts), width), np.uint8 if mask else self._packed.dtype)
-            if whole and len(places) >= FEW and stored.flags.c_contiguous:
-                result[rows] = windows(stored, width)[places]
+        inside = starts + width <= self._ends[shards]
+        places = starts - self._begins[shards]
+        groups = _groups(shards)
+        if len(groups) == 1 and inside.all() and (stored := self._stored(int(shards[0]), mask)) is not None:
+            return windows(stored, width)[places]
+        result = np.empty((len(starts), width), np.uint8 if mask else self._packed.dtype)
+        one_by_one = [np.flatnonzero(~inside)]
+        for rows in groups:
+            if len(rows) < FEW:
+                one_by_one.append(rows[inside[rows]])
                 continue
-            for row, place in zip(np.arange(len(starts))[rows].tolist(), places.tolist(), strict=True):
-                part = stored[place : place + width]
-                if len(part) == width:
-                    result[row] = part
-                else:
-                    self._across_shards(shard, place, result[row], mask)
-        return np.empty((0, width), np.uint8 if mask else self._packed.dtype) if result is None else result
+            rows = rows if inside[rows].all() else rows[inside[rows]]
+            stored = self._stored(int(shards[rows[0]]), mask) if len(rows) else None
+            if stored is None:
+                result[rows] = 1
+            else:
+                result[rows] = windows(stored, width)[places[rows]]
+        rows = np.concatenate(one_by_one)
+        for row, shard, place in zip(rows.tolist(), shards[rows].tolist(), places[rows].tolist(), strict=True):
+            self._copy(shard, place, result[row], mask)
+        return result
 
-    def _across_shards(self, shard: int, place: int, row: np.ndarray, mask: bool) -> None:
+    def _copy(self, shard: int, place: int, row: np.ndarray, mask: bool) -> None:
         """Fill ``row`` with the values from ``place`` of ``shard`` on, from as many shards as it takes."""
-        filled = 0
-        while filled < len(row):
-            part = self._stored(shard, mask)[place : place + len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled += len(part)
+        filled, width = 0, len(row)
+        while filled < width:
+            stored = self._stored(shard, mask)
+            count = min(width - filled, self._packed.manifest.shards[shard].tokens - place)
+            row[filled : filled + count] = 1 if stored is None else stored[place : place + count]
+            filled += count
             shard, place = shard + 1, 0
 
-    def _segments(self, starts: np.ndarray, groups: list[tuple[int, np.ndarray | slice]]) -> np.ndarray:
+    def _segments(self, starts: np.ndarray, shards: np.ndarray) -> np.ndarray:
         """(N, T) int32: from the document index, so an end-of-document id inside a text is no boundary."""
         length = self.sequence_length
+        shift = np.arange(len(starts)) * length - starts
+        document_ends = self._packed.document_ends()
+        if document_ends is None:
+            return segments(self._boundaries(starts, shards, shift), len(starts), length)
+        first = np.searchsorted(document_ends, starts, side="right")
+        counts = np.searchsorted(document_ends, starts + (length - 1), side="right") - first
+        ends = document_ends[ranges(first, counts)]
+        return segments(ends + np.repeat(shift, counts), len(starts), length)
+
+    def _boundaries(self, starts: np.ndarray, shards: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        """Where further documents begin, read from the files, shard by shard."""
+        length = self.sequence_length
         found = [np.empty(0, np.int64)]
-        for first, rows_first in groups:
-            shard, rows = first, np.arange(len(starts))[rows_first]
+        for rows in _groups(shards):
+            shard = int(shards[rows[0]])
             while len(rows):
-                begin = self._begin(shard)
+                begin = int(self._begins[shard])
                 places = starts[rows] - begin
                 documents = self._packed.documents_at(shard, np.maximum(places, 0))
                 counts = self._packed.documents_at(shard, places + (length - 1)) - documents
-                ends = self._packed.ends_of(shard, ranges(documents, counts))
-                found.append(ends + np.repeat(rows * length - places, counts))
-                if int(places.max()) + length <= int(self._ends[shard]) - begin:
-                    break
-                rows = rows[places + length > int(self._ends[shard]) - begin]
+                ends = self._packed.ends_of(shard, ranges(documents, counts)) + begin
+                found.append(ends + np.repeat(shift[rows], counts))
+                rows = rows[starts[rows] + length > self._ends[shard]]
                 shard += 1
-        return segments(np.concatenate(found), len(starts), length)
+        return np.concatenate(found)
+
+
+def _groups(shards: np.ndarray) -> list[np.ndarray]:
+    """Rows that start in one shard, for each shard."""
+    if not len(shards):
+        return []
+    order = np.argsort(shards, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
 
 
 def check_ids(packed: PackedFolder, tokens: np.ndarray) -> None:
