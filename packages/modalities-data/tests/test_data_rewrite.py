@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -125,6 +128,37 @@ def test_an_interrupted_job_leaves_nothing_and_a_killed_one_is_done_again(folder
         path.name for path in (tmp_path / "right").iterdir()
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "right"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "lines"])
+def test_killed_anywhere_and_run_again(kind, folder, lorem_file, tmp_path) -> None:
+    """SIGKILL at ten moments between the start and the end: never a wrong output, never a refusal to start again."""
+    source = folder
+    if kind == "lines":
+        source = tmp_path / "big.jsonl"
+        source.write_bytes(lorem_file.read_bytes() * 100)
+    arguments = [sys.executable, "-m", "modalities_data", "shuffle", str(source), str(tmp_path / "out"), "--overwrite"]
+    arguments += ["--shard-tokens", "1000"] if kind == "folder" else []
+    started = time.monotonic()
+    right = [str(tmp_path / "right") if argument == str(tmp_path / "out") else argument for argument in arguments]
+    subprocess.run(right, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    whole = time.monotonic() - started
+    for moment in range(10):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(whole * (0.3 + 0.07 * moment))
+        process.kill()
+        process.wait(timeout=60)
+        if kind == "folder" and (tmp_path / "out").exists():
+            verify(tmp_path / "out")
+        elif (tmp_path / "out").exists():
+            assert (tmp_path / "out").read_bytes() == (tmp_path / "right").read_bytes()
+    subprocess.run(arguments, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert not (tmp_path / ".out.partial").exists()
+    if kind == "folder":
+        assert read_manifest(tmp_path / "out").fingerprint == verify(tmp_path / "right").fingerprint
+    else:
+        assert (tmp_path / "out").read_bytes() == (tmp_path / "right").read_bytes()
 
 
 def test_several_inputs_compressed_and_of_other_kinds(tmp_path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from modalities_data.convert.shards import RawTokens, Vocabulary, link_or_copy, 
 from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
 from modalities_data.packed import PackedFolder
-from modalities_data.prepare.rewrite import OnProgress
+from modalities_data.prepare.folder import STATE_FOLDER, partial_folder
+from modalities_data.prepare.rewrite import OnProgress, making_folder
 from modalities_data.terminal import amount
 
 SUFFIXES = (".ds", ".ds.index", ".ds.metadata", ".ds.loss")
@@ -87,21 +88,18 @@ def to_datatrove(folder: Path, output: Path, *, copy: bool = False, overwrite: b
     output = Path(os.path.abspath(output))
     _check_replaceable(output, overwrite)
     with user_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-        try:
-            partial.chmod(0o755)
+        partial = partial_folder(output)
+        with making_folder(partial, {"started": time.time_ns()}):
             for number in range(len(packed.manifest.shards)):
                 _write(packed, number, partial, copy)
             for file in packed.folder.glob("tokenizer.*"):
                 shutil.copyfile(file, partial / file.name)
+            shutil.rmtree(partial / STATE_FOLDER)
+            (partial / ".lock").unlink()
             sync_folder(partial)
             if output.exists():
                 shutil.rmtree(output)
             partial.rename(output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         sync_folder(output.parent)
     return packed.manifest
 

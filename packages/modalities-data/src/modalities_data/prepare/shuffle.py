@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,8 +18,16 @@ from modalities_data.disk import user_errors
 from modalities_data.inputs.files import InputFile, Sources, find_inputs
 from modalities_data.manifest import Accounting, Input, Manifest
 from modalities_data.order import ORDER_VERSION, check_seed, permuted
+from modalities_data.prepare.folder import partial_folder
 from modalities_data.prepare.lines import LinesRecord, lines_of, only_lines, write_record
-from modalities_data.prepare.rewrite import SHARD_TOKENS, JoinedFolders, OnProgress, in_blocks, write_documents
+from modalities_data.prepare.rewrite import (
+    SHARD_TOKENS,
+    JoinedFolders,
+    OnProgress,
+    in_blocks,
+    making_folder,
+    write_documents,
+)
 
 BUCKET_BYTES = 64 << 20
 RECORD = np.dtype([("place", "<i8"), ("length", "<i8")])
@@ -91,10 +100,13 @@ def shuffle_lines(
     count, blank, size = (sum(column) for column in zip(*sizes, strict=True))
     if not count:
         raise DataError(f"{files[0].name} has no lines to shuffle")
+    output = Path(os.path.abspath(output))
     with user_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".buckets", dir=output.parent))
-        try:
+        # A killed job's buckets are under the same name, and are dropped.
+        partial = partial_folder(output)
+        with making_folder(partial, {"started": time.time_ns()}):
+            folder = partial / "buckets"
+            folder.mkdir()
             buckets = _Buckets(folder, -(-count // -(-size // bucket_bytes)), bucket_bytes)
             inputs = _fill(buckets, files, count, seed, lambda done: on_progress(done, 2 * size, 0))
             with replacing(output) as stream:
@@ -102,8 +114,7 @@ def shuffle_lines(
                 for bucket in sorted(folder.iterdir()):
                     done += _empty(bucket, stream)
                     on_progress(done, 2 * size, 0)
-        finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(partial)
         options = {"command": "shuffle", "seed": seed, "order": ORDER_VERSION}
         return write_record(output, inputs, options, Accounting(count, count, blank_lines=blank))
 
