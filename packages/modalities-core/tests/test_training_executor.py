@@ -1,5 +1,7 @@
 """Sums, gradients and modes of the plain executor; the world of one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from training_parts import TinyBatches, TinyModel, summed_cross_entropy
@@ -120,3 +122,24 @@ def test_alone_measures_the_squared_norm():
     expected = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")) ** 2
     torch.testing.assert_close(Alone("cpu").squared_norm(model.parameters()), expected)
     assert Alone("cpu").squared_norm([torch.zeros(2)]).item() == 0
+
+
+class SegmentModel(TinyModel):
+    """Remembers the segments it is given."""
+
+    def forward(self, tokens_BT, segments_BT=None):
+        self.seen = segments_BT
+        return super().forward(tokens_BT)
+
+
+def test_marked_documents_reach_the_model_or_are_refused():
+    plain = TinyBatches(4, 4).micro_batches(0)[0]
+    marked = replace(plain, segments_BT=torch.zeros_like(plain.tokens_BT, dtype=torch.int32))
+    model = SegmentModel()
+    executor = Plain(model, summed_cross_entropy, Alone("cpu"))
+    executor.forward_backward([marked])
+    assert torch.equal(model.seen, marked.segments_BT)
+    executor.evaluate(plain)
+    assert model.seen is None
+    with pytest.raises(ConfigError, match="TinyModel cannot keep them apart"):
+        Plain(TinyModel(), summed_cross_entropy, Alone("cpu")).evaluate(marked)

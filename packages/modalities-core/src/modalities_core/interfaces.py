@@ -168,7 +168,11 @@ class Model(Protocol):
     """Hidden states (..., D) to logits (..., V)."""
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """(B, T) int64 to hidden states (B, T, D)."""
+        """(B, T) int64 to hidden states (B, T, D).
+
+        A model that can keep documents apart also takes ``segments_BT`` by keyword, as in ``Batch``; data that marks
+        documents is refused with any other.
+        """
         ...
 
     def parallel_plan(self) -> ParallelPlan:

@@ -23,7 +23,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import ParallelPlan
 from modalities_models.architecture import Architecture
 from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
-from modalities_models.nn.attention import Attention, KeyValueCache
+from modalities_models.nn.attention import Attention, KeyValueCache, segment_mask, segment_positions
 from modalities_models.nn.feedforward import feedforward
 from modalities_models.nn.norms import RMSNorm, norm
 from modalities_models.nn.rope import Rotation, rotation
@@ -50,9 +50,15 @@ class Block(nn.Module):
         self.feedforward = feedforward(a.activation, a.hidden_size, a.intermediate_size, a.bias)
         self.dropout = a.dropout
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        rotation: Rotation | None,
+        cache: KeyValueCache | None = None,
+        mask_B1TT: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        mixed_BTD = self.attention(self.attention_norm(hidden_BTD), rotation, cache)
+        mixed_BTD = self.attention(self.attention_norm(hidden_BTD), rotation, cache, mask_B1TT)
         hidden_BTD = hidden_BTD + self._drop(mixed_BTD)
         return hidden_BTD + self._drop(self.feedforward(self.feedforward_norm(hidden_BTD)))
 
@@ -112,12 +118,19 @@ class Decoder(nn.Module):
             self.to_empty(device=device)
             self._initialise()
 
-    def forward(self, tokens_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        caches: Sequence[KeyValueCache] | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """Token ids (B, T) int64 to hidden states (B, T, D) after the final norm.
 
         Args:
             tokens_BT: the ids; with caches, those that follow what the caches hold.
             caches: one per block, from ``new_caches``; extended by these tokens.
+            segments_BT: (B, T) integers, the number of each token's document within its sample; tokens then see
+                only their own document, and positions count from its start. Not together with caches.
 
         Raises:
             ConfigError: the input is longer than the model's sequence length.
@@ -130,16 +143,19 @@ class Decoder(nn.Module):
                 hint=f"shorten the data's sequences, or build the model with sequence_length {length} or more",
                 about=(self, "sequence_length"),
             )
-        positions_T = torch.arange(start, length, device=tokens_BT.device)
+        positions, mask_B1TT = torch.arange(start, length, device=tokens_BT.device), None
+        if segments_BT is not None:
+            assert caches is None, "a cache holds one document"
+            positions, mask_B1TT = segment_positions(segments_BT), segment_mask(segments_BT)
         hidden_BTD = self.embedding(tokens_BT)
         if self.positions is not None:
-            hidden_BTD = hidden_BTD + self.positions(positions_T)
+            hidden_BTD = hidden_BTD + self.positions(positions)
         a = self.architecture
         if a.dropout and self.training:
             hidden_BTD = F.dropout(hidden_BTD, a.dropout)
-        turned = rotation(positions_T, a.head_size, a.rope_theta) if a.positions == "rope" else None
+        turned = rotation(positions, a.head_size, a.rope_theta) if a.positions == "rope" else None
         for index, block in enumerate(self.blocks):
-            hidden_BTD = block(hidden_BTD, turned, caches[index]) if caches else block(hidden_BTD, turned)
+            hidden_BTD = block(hidden_BTD, turned, caches[index] if caches else None, mask_B1TT)
         return self.norm(hidden_BTD)
 
     def new_caches(self, capacity: int | None = None) -> list[KeyValueCache]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -82,7 +83,18 @@ class Plain:
     def _forward(self, batch: Batch) -> LossSum:
         batch = batch.to(self.world.device)
         with self._autocast():
-            return self.loss(self.model(batch.tokens_BT), self.model.head, batch)
+            return self.loss(self._hidden(batch), self.model.head, batch)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        if batch.segments_BT is None:
+            return self.model(batch.tokens_BT)
+        if "segments_BT" not in inspect.signature(self._module.forward).parameters:
+            raise ConfigError(
+                f"the data marks where documents begin, but {type(self._module).__name__} cannot keep them apart",
+                hint="let the dataset join documents, or give the model's forward the argument segments_BT",
+                about=self.model,
+            )
+        return self._module(batch.tokens_BT, segments_BT=batch.segments_BT)
 
     def _share(self, sums: LossSum) -> LossSum:
         # Ranks that see the same data (tensor parallel) would otherwise be counted several times.

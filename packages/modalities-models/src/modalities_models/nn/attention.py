@@ -80,8 +80,14 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(head_size, eps=query_key_norm_eps) if normed else None
         self.key_norm = RMSNorm(head_size, eps=query_key_norm_eps) if normed else None
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); with a cache the T tokens follow those it holds."""
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        rotation: Rotation | None,
+        cache: KeyValueCache | None = None,
+        mask_B1TT: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D); with a cache the T tokens follow those it holds; a mask says who sees whom."""
         # Heads are counted from the projections' output, which tensor parallelism makes narrower.
         query_BTHF = self.query(hidden_BTD).unflatten(-1, (-1, self.head_size))
         key_BTHF = self.key(hidden_BTD).unflatten(-1, (-1, self.head_size))
@@ -94,11 +100,31 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             key_BHTF, value_BHTF = cache.append(key_BHTF, value_BHTF)
-        mixed_BHTF = causal_attention(query_BHTF, key_BHTF, value_BHTF, dropout)
+        mixed_BHTF = causal_attention(query_BHTF, key_BHTF, value_BHTF, dropout, mask_B1TT)
         return self.output(mixed_BHTF.transpose(1, 2).flatten(2))
 
 
-def causal_attention(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, dropout: float = 0.0) -> Tensor:
+def segment_mask(segments_BT: Tensor) -> Tensor:
+    """(B, 1, T, T) booleans: a token sees itself and what stands before it in its own segment."""
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
+def segment_positions(segments_BT: Tensor) -> Tensor:
+    """(B, T) int64: each token's distance from the start of its segment."""
+    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return places_T - torch.where(starts_BT, places_T, 0).cummax(1).values
+
+
+def causal_attention(
+    query_BHTF: Tensor,
+    key_BHSF: Tensor,
+    value_BHSF: Tensor,
+    dropout: float = 0.0,
+    mask_B1TS: Tensor | None = None,
+) -> Tensor:
     """Scaled dot-product attention of the last T of S tokens, each to itself and all before it.
 
     Args:
@@ -106,24 +132,27 @@ def causal_attention(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, d
         key_BHSF: (B, key-value heads, S, F), S >= T.
         value_BHSF: like ``key_BHSF``.
         dropout: probability of dropping an attention weight.
+        mask_B1TS: who sees whom, (B, 1, T, S) booleans; None for all that came before.
 
     Returns:
         (B, heads, T, F).
     """
-    if suits(query_BHTF, key_BHSF, dropout):
+    if mask_B1TS is None and suits(query_BHTF, key_BHSF, dropout):
         return chunked_causal_attention(query_BHTF, key_BHSF, value_BHSF)
     new, total = query_BHTF.shape[2], key_BHSF.shape[2]
     # Branches, not comparisons as values: those would be symbols under torch.compile with changing lengths.
-    mask_TS, whole = None, False
-    if new == total:
+    mask, whole = mask_B1TS, False
+    if mask_B1TS is not None:
+        pass
+    elif new == total:
         whole = True
     elif new > 1:
-        mask_TS = torch.ones(new, total, dtype=torch.bool, device=query_BHTF.device).tril(total - new)
+        mask = torch.ones(new, total, dtype=torch.bool, device=query_BHTF.device).tril(total - new)
     return F.scaled_dot_product_attention(
         query_BHTF,
         key_BHSF,
         value_BHSF,
-        attn_mask=mask_TS,
+        attn_mask=mask,
         dropout_p=dropout,
         is_causal=whole,
         enable_gqa=query_BHTF.shape[1] != key_BHSF.shape[1],

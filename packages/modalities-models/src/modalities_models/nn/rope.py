@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cosines and sines of a forward pass, (T, 1, F) float32 each; sines are negated in the first half of F.
+    """Cosines and sines of a forward pass, (T, 1, F) or (B, T, 1, F) float32; sines are negated in the first half of F.
 
     Not a tuple on purpose: FSDP2's mixed precision casts the tensors of containers it can look into, and would round
     what is shared by all blocks.
@@ -25,14 +25,14 @@ class Rotation:
     sin_T1F: Tensor
 
 
-def rotation(positions_T: Tensor, head_size: int, theta: float) -> Rotation:
-    """The rotation of tokens at ``positions_T``, (T,) integers, computed in float32 whatever the model's precision.
+def rotation(positions: Tensor, head_size: int, theta: float) -> Rotation:
+    """The rotation of tokens at ``positions``, (T,) or (B, T) integers, in float32 whatever the model's precision.
 
     In bfloat16 positions above 256 would already collide; cosines are rounded only where they meet a head.
     """
-    exponents = torch.arange(0, head_size, 2, device=positions_T.device, dtype=torch.float32) / head_size
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     frequencies = 1.0 / (theta**exponents)
-    angles = positions_T.float()[:, None, None] * frequencies
+    angles = positions.float()[..., None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
