@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -128,7 +129,9 @@ def start_modalities(tmp_path: Path):
         command = [sys.executable, "-m", "modalities", *map(str, arguments)]
         log = (tmp_path / f"output-{len(started)}.txt").open("wb")
         with log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=one_thread())
+            # Whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that.
+            restored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=one_thread(), **restored)
         started.append(process)
         return process
 

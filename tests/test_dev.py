@@ -72,7 +72,9 @@ def test_interrupt_reaches_the_command(made):
         "except KeyboardInterrupt:\n    sys.exit(42)\n"
     )
     words = [sys.executable, str(made / "tools" / "dev.py"), "python", "-c", code]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that.
+    restored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **restored) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 42

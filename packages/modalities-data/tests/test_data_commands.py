@@ -173,6 +173,8 @@ def test_ctrl_c_ends_with_130_and_the_job_can_be_taken_up(tmp_path, workers) -> 
     process = subprocess.Popen(
         [sys.executable, "-m", "modalities_data", *arguments],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / ".out.partial" / ".state" / "00002.json").exists() and time.monotonic() < deadline:
