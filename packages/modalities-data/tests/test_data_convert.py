@@ -19,7 +19,7 @@ from modalities_data.convert.datatrove import from_datatrove, to_datatrove
 from modalities_data.convert.legacy_index import read_pairs
 from modalities_data.convert.megatron import from_megatron, to_megatron
 from modalities_data.convert.pbin import from_pbin
-from modalities_data.convert.shards import Vocabulary
+from modalities_data.convert.raw import Vocabulary
 from modalities_data.datasets import PackedDataset
 from modalities_data.inspection import inspect_folder
 from modalities_data.manifest import read_manifest

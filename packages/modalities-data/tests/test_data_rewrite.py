@@ -21,7 +21,7 @@ from modalities_data.jsonl import documents
 from modalities_data.manifest import read_manifest
 from modalities_data.packed import PackedFolder, verify
 from modalities_data.prepare import filter as filters
-from modalities_data.prepare import rewrite
+from modalities_data.prepare import joined
 from modalities_data.prepare.chunk import chunk
 from modalities_data.prepare.filter import filter_documents
 from modalities_data.prepare.pack import pack
@@ -61,9 +61,9 @@ def test_shuffled_folder_has_the_same_documents_in_another_order(folder, tmp_pat
     assert made.inputs[0].file.endswith("manifest.json")
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     # The same whatever is held in memory; another seed, another order.
-    monkeypatch.setattr(rewrite, "BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(rewrite, "OPEN_INDEXES", 1)
-    monkeypatch.setattr(rewrite, "BATCH_TOKENS", 1000)
+    monkeypatch.setattr(joined, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(joined, "OPEN_INDEXES", 1)
+    monkeypatch.setattr(joined, "BATCH_TOKENS", 1000)
     again = shuffle_folders([folder], tmp_path / "b", seed=5, shard_tokens=20_000)
     assert again.fingerprint == made.fingerprint
     shuffle_folders([folder], tmp_path / "c", seed=6)

@@ -12,7 +12,7 @@ from modalities_data.commands.group import PATH, as_json_option, data, overwrite
 from modalities_data.terminal import amount, packing_progress, say, summarize
 
 if TYPE_CHECKING:
-    from modalities_data.convert.shards import Vocabulary
+    from modalities_data.convert.raw import Vocabulary
     from modalities_data.manifest import Manifest
 
 copy_option = click.option("--copy", is_flag=True, help="Copy files that could be hard links.")
@@ -175,7 +175,7 @@ def to_datatrove(folder: Path, output: Path, copy: bool, overwrite: bool, as_jso
 
 
 def _vocabulary(tokenizer: str | None, end_of_document: str, vocab_size: int | None, end_id: int | None) -> Vocabulary:
-    from modalities_data.convert.shards import Vocabulary
+    from modalities_data.convert.raw import Vocabulary
     from modalities_data.tokenizers.opening import named_tokenizer
 
     return Vocabulary.of(named_tokenizer(tokenizer, end_of_document) if tokenizer else None, vocab_size, end_id)

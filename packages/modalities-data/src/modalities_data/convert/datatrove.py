@@ -18,7 +18,8 @@ import numpy as np
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.files import replacing, sync_folder, write_text
-from modalities_data.convert.shards import RawTokens, Vocabulary, link_or_copy, write_converted
+from modalities_data.convert.raw import RawTokens, Vocabulary
+from modalities_data.convert.shards import link_or_copy, write_converted
 from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
 from modalities_data.packed import PackedFolder

@@ -12,7 +12,8 @@ import numpy as np
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.files import CHUNK_BYTES, replacing
-from modalities_data.convert.shards import RawTokens, Vocabulary, link_or_copy, write_converted
+from modalities_data.convert.raw import RawTokens, Vocabulary
+from modalities_data.convert.shards import link_or_copy, write_converted
 from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
 from modalities_data.megatron_index import Index, read_index, write_index

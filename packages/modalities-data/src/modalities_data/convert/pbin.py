@@ -15,7 +15,8 @@ import numpy as np
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_data.convert.legacy_index import read_pairs
-from modalities_data.convert.shards import RawTokens, Vocabulary, write_converted
+from modalities_data.convert.raw import RawTokens, Vocabulary
+from modalities_data.convert.shards import write_converted
 from modalities_data.disk import user_errors
 from modalities_data.manifest import Manifest
 from modalities_data.prepare.rewrite import OnProgress

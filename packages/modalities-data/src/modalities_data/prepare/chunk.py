@@ -10,7 +10,8 @@ import numpy as np
 from modalities_core.errors import ConfigError, DataError
 from modalities_data.manifest import Accounting, Manifest
 from modalities_data.order import ORDER_VERSION, check_seed, permuted
-from modalities_data.prepare.rewrite import SHARD_TOKENS, JoinedFolders, OnProgress, in_blocks, write_documents
+from modalities_data.prepare.joined import JoinedFolders, in_blocks
+from modalities_data.prepare.rewrite import SHARD_TOKENS, OnProgress, write_documents
 
 
 def chunk(

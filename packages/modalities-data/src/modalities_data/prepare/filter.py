@@ -22,15 +22,9 @@ from modalities_data.inputs.reading import failure_error, read
 from modalities_data.inputs.units import whole_pieces
 from modalities_data.jsonl import Block
 from modalities_data.manifest import Accounting, Input, Manifest
+from modalities_data.prepare.joined import JoinedFolders, in_blocks
 from modalities_data.prepare.lines import LinesRecord, refuse_same, write_record
-from modalities_data.prepare.rewrite import (
-    SHARD_TOKENS,
-    JoinedFolders,
-    OnProgress,
-    in_blocks,
-    is_packed,
-    write_documents,
-)
+from modalities_data.prepare.rewrite import SHARD_TOKENS, OnProgress, is_packed, write_documents
 from modalities_data.tokenizers.opening import recorded_tokenizer
 
 GROUP = "modalities.predicates"

@@ -19,15 +19,9 @@ from modalities_data.inputs.files import InputFile, Sources, find_inputs
 from modalities_data.manifest import Accounting, Input, Manifest
 from modalities_data.order import ORDER_VERSION, check_seed, permuted
 from modalities_data.prepare.folder import partial_folder
+from modalities_data.prepare.joined import JoinedFolders, in_blocks
 from modalities_data.prepare.lines import LinesRecord, lines_of, only_lines, write_record
-from modalities_data.prepare.rewrite import (
-    SHARD_TOKENS,
-    JoinedFolders,
-    OnProgress,
-    in_blocks,
-    making_folder,
-    write_documents,
-)
+from modalities_data.prepare.rewrite import SHARD_TOKENS, OnProgress, making_folder, write_documents
 
 BUCKET_BYTES = 64 << 20
 RECORD = np.dtype([("place", "<i8"), ("length", "<i8")])
