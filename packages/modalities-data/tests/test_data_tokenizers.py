@@ -138,16 +138,6 @@ def test_ids_out_of_the_vocabulary_are_refused(tokenizer_file) -> None:
         HuggingFaceTokenizer(tokenizer_file).decode([5, 600])
 
 
-@pytest.fixture
-def no_gigatoken(monkeypatch):
-    """As on a machine without the extra."""
-
-    def refuse(content):
-        raise ImportError("No module named 'gigatoken'")
-
-    monkeypatch.setattr(huggingface, "GigatokenEngine", refuse)
-
-
 class WrongOn(FastokensEngine):
     """An engine that loses the last token of some documents."""
 
@@ -164,7 +154,6 @@ class WrongOn(FastokensEngine):
         self.right, self.version = TokenizersEngine(content), "0"
 
 
-@pytest.mark.usefixtures("no_gigatoken")
 def test_auto_falls_back_with_one_line_where_built_in_strings_differ(tokenizer_file, monkeypatch, caplog) -> None:
     monkeypatch.setattr(huggingface, "FastokensEngine", WrongOn)
     monkeypatch.setattr(WrongOn, "suspect", "camelCase")
@@ -190,7 +179,6 @@ def test_auto_falls_back_where_the_first_documents_differ(tokenizer_file, refere
 @pytest.mark.parametrize(
     "failure", [ImportError("No module named 'fastokens'"), ValueError("unsupported"), BaseException("panic")]
 )
-@pytest.mark.usefixtures("no_gigatoken")
 def test_auto_falls_back_where_the_engine_does_not_load(tokenizer_file, monkeypatch, caplog, failure) -> None:
     def refuse(content):
         raise failure
