@@ -73,26 +73,30 @@ def test_the_good_document_passes(modalities, small_data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_found_by_check(mistake: str, small_data: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_found_by_check_and_run_alike(mistake: str, small_data: Path, tmp_path: Path, capsys) -> None:
     old, new, code, message = MISTAKES[mistake]
     file = write(tmp_path, small_data, old, new)
     # In this process, for speed; the test below has the command itself say the same.
-    found = guarded(lambda: app(["check", str(file)], standalone_mode=False))
-    error = capsys.readouterr().err
-    assert found == code, error
-    assert re.search(message, error, re.DOTALL), error
-    assert "Traceback" not in error
+    said = []
+    for arguments in (["check", str(file)], ["run", str(file), "--folder", str(tmp_path / "run")]):
+        found = guarded(lambda arguments=arguments: app(arguments, standalone_mode=False))
+        said.append(capsys.readouterr().err)
+        assert found == code, said
+    assert said[0] == said[1]
+    assert re.search(message, said[0], re.DOTALL), said[0]
+    assert "Traceback" not in said[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_run_says_what_check_says(mistake: str, modalities, small_data: Path, tmp_path: Path) -> None:
-    old, new, code, _ = MISTAKES[mistake]
+@pytest.mark.parametrize("mistake", ["typo in a key", "missing data file", "small vocabulary"])
+def test_the_commands_themselves_say_so(mistake: str, modalities, small_data: Path, tmp_path: Path) -> None:
+    old, new, code, message = MISTAKES[mistake]
     file = write(tmp_path, small_data, old, new)
     checked = modalities("check", file)
     done = modalities("run", file, "--folder", tmp_path / "run")
     assert (checked.returncode, done.returncode, done.stderr) == (code, code, checked.stderr)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
 
 
 @pytest.mark.slow
