@@ -17,6 +17,7 @@ from modalities_core.files import write_text
 from modalities_data.disk import user_errors
 from modalities_data.tokenizers import parity
 from modalities_data.tokenizers.engines import Engine, FastokensEngine, GigatokenEngine, TokenizersEngine
+from modalities_data.tokenizers.ids import checked_ids
 
 EngineName = Literal["auto", "fastokens", "gigatoken", "tokenizers"]
 FILE_NAME = "tokenizer.json"
@@ -107,11 +108,7 @@ class HuggingFaceTokenizer:
         Raises:
             DataError: an id is not in [0, vocab_size).
         """
-        values = [int(value) for value in ids]
-        if values and not 0 <= min(values) <= max(values) < self.vocab_size:
-            raise DataError(
-                f"token ids of this tokenizer are 0 to {self.vocab_size - 1}, found {min(values)} to {max(values)}"
-            )
+        values = checked_ids(ids, self.vocab_size)
         return self._tokenizers().tokenizer.decode(values, skip_special_tokens=True)
 
     def reference(self) -> Engine:

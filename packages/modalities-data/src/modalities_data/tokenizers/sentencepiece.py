@@ -14,6 +14,7 @@ from modalities_core.errors import ConfigError, DataError
 from modalities_core.files import replacing
 from modalities_data.disk import user_errors
 from modalities_data.tokenizers.extras import optional
+from modalities_data.tokenizers.ids import checked_ids
 
 FILE_NAME = "tokenizer.model"
 
@@ -96,11 +97,7 @@ class SentencePieceTokenizer:
         Raises:
             DataError: an id is not in [0, vocab_size).
         """
-        values = [int(value) for value in ids]
-        if values and not 0 <= min(values) <= max(values) < self.vocab_size:
-            raise DataError(
-                f"token ids of this tokenizer are 0 to {self.vocab_size - 1}, found {min(values)} to {max(values)}"
-            )
+        values = checked_ids(ids, self.vocab_size)
         return self._processor.decode([value for value in values if value != self.end_of_document])
 
     def save(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modalities_core.errors import CheckpointError
-from modalities_parallel.checkpoint.metadata import Layout
+from modalities_parallel.checkpoint.layout import Layout
 
 ROWS = 20
 

@@ -18,11 +18,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from modalities_core.errors import CheckpointError
+from modalities_parallel.checkpoint.layout import Layout
 
 FILE_NAME = ".metadata"
-
-Layout = dict[str, tuple[tuple[int, ...], str]]
-"""Tensor name to global shape and dtype, as ``((61, 16), "float32")``."""
 
 
 def _member(kind: object, name: object) -> object:

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from modalities_core.interfaces import Model
-
-Layout = dict[str, tuple[tuple[int, ...], str]]
-"""Name of a tensor to its global shape and dtype."""
+from modalities_parallel.checkpoint.layout import Layout
 
 
 class Sharded:

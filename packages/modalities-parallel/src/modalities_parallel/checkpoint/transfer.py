@@ -19,7 +19,7 @@ from modalities_core.files import sync_folder
 from modalities_core.interfaces import Model
 from modalities_parallel.checkpoint import metadata
 from modalities_parallel.checkpoint.differences import refuse_differences
-from modalities_parallel.checkpoint.metadata import Layout
+from modalities_parallel.checkpoint.layout import Layout
 from modalities_parallel.checkpoint.state import (
     MODEL,
     model_tensors,
