@@ -26,7 +26,7 @@ from modalities_models.presets import PRESETS
 TINY = {"vocab_size": 61, "sequence_length": 16, "hidden_size": 32, "layers": 2, "heads": 4}
 VARIANTS = {
     "llama": {},
-    "grouped": {"key_value_heads": 2, "query_key_norm": True, "tied_embeddings": True},
+    "grouped": {"key_value_heads": 2, "query_key_norm": "head", "tied_embeddings": True},
     "gpt2": {"norm": "layer", "activation": "gelu", "positions": "absolute", "bias": True, "tied_embeddings": True},
     "no-positions": {"positions": "none", "head_size": 7},
 }
@@ -326,7 +326,7 @@ def test_every_combination_builds_and_trains():
         "activation": ("swiglu", "gelu"),
         "positions": ("rope", "absolute", "none"),
         "bias": (False, True),
-        "query_key_norm": (False, True),
+        "query_key_norm": ("none", "head"),
         "tied_embeddings": (False, True),
     }
     for values in itertools.product(*options.values()):

@@ -13,7 +13,7 @@ from modalities_models.generation import choose, generate, keep_top_k, keep_top_
 
 TINY = {"vocab_size": 37, "sequence_length": 12, "hidden_size": 32, "layers": 2, "heads": 4}
 VARIANTS = {
-    "rope": {"key_value_heads": 2, "query_key_norm": True},
+    "rope": {"key_value_heads": 2, "query_key_norm": "head"},
     "absolute": {"positions": "absolute", "norm": "layer", "activation": "gelu", "tied_embeddings": True},
     "none": {"positions": "none"},
 }

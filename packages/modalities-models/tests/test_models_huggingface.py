@@ -127,7 +127,7 @@ def qwen3():
         head_size=16,
         rope_theta=1e6,
         norm_eps=1e-6,
-        query_key_norm=True,
+        query_key_norm="head",
         tied_embeddings=True,
     )
     return theirs, ours, llama_like

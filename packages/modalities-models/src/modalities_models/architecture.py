@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from modalities_core.errors import ConfigError
+from modalities_models.nn.feedforward import GATED, Activation, FeedForward
+from modalities_models.nn.rope_scaling import RopeScaling
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["swiglu", "gelu"]
+NormPlacement = Literal["pre", "post", "sandwich"]
 Positions = Literal["rope", "absolute", "none"]
+QueryKeyNorm = Literal["none", "head", "projection"]
+AttentionKind = Literal["auto", "sdpa", "flash", "flex"]
 
-SWIGLU_MULTIPLE = 64
+VOCAB_MULTIPLE = 1
+"""Default of ``vocab_multiple``."""
+
+INTERMEDIATE_MULTIPLE = 64
 """Intermediate sizes that are derived are rounded up to this, so that matrix units are filled."""
 
 
@@ -28,16 +35,35 @@ class Architecture:
         key_value_heads: key and value heads per block; fewer than ``heads`` is grouped-query attention
             (arXiv:2305.13245).
         head_size: width of one head.
-        intermediate_size: inner width of the feed-forward.
+        intermediate_size: inner width of the dense feed-forward.
         norm: RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450).
         norm_eps: added to the variance in every norm.
-        activation: SwiGLU (arXiv:2002.05202), or GELU in its tanh form (arXiv:1606.08415) as in GPT-2.
+        norm_placement: ``pre`` norms what enters a sublayer, ``post`` what leaves it, before it is added to the
+            residual stream (OLMo 2, arXiv:2501.00656), ``sandwich`` both (Gemma 2, arXiv:2408.00118).
+        activation: SwiGLU (arXiv:2002.05202), GeGLU gated by the tanh form of GELU (Gemma), GELU in its tanh form
+            (arXiv:1606.08415) as in GPT-2, or squared ReLU (arXiv:2109.08668).
+        feedforward: another feed-forward than the dense one, such as a mixture of experts; None is the dense one.
         positions: rotary (arXiv:2104.09864), learned absolute, or none.
         rope_theta: base of the rotary wavelengths.
+        rope_scaling: how the wavelengths are stretched for longer sequences than ``rope_theta`` was made for.
         bias: biases in projections and LayerNorms; the head never has one.
-        query_key_norm: RMSNorm over each query and key head before the rotation (Qwen3, arXiv:2505.09388).
+        query_key_value_bias: biases in the projections to query, key and value; None is as ``bias`` (Qwen2 has these
+            alone).
+        query_key_norm: RMSNorm of queries and keys before the rotation: over each ``head`` (Qwen3, arXiv:2505.09388)
+            or over the whole width of the ``projection`` (OLMo 2).
+        attention: the implementation; ``auto`` is the fastest one there is for the device and the mask.
+        attention_windows: block l sees the last ``attention_windows[l % len]`` tokens, the present one included;
+            None sees all.
+        attention_scale: factor on the scores; None is head_size ** -0.5.
+        attention_softcap: scores s become cap * tanh(s / cap) (Gemma 2).
+        embedding_multiplier: factor on the token embeddings.
+        residual_multiplier: factor on what every sublayer adds to the residual stream.
+        logit_multiplier: factor on the logits, before their soft cap.
+        logit_softcap: logits z become cap * tanh(z / cap) (Gemma 2).
         tied_embeddings: the head uses the embedding's weight (arXiv:1608.05859).
         dropout: probability, on embeddings, attention weights and residual outputs; active in training mode only.
+        vocab_multiple: rows of the embedding and of the head are stored rounded up to a multiple of this; logits are
+            always ``vocab_size`` wide.
 
     Raises:
         ConfigError: the numbers are impossible.
@@ -53,22 +79,45 @@ class Architecture:
     intermediate_size: int
     norm: Norm = "rms"
     norm_eps: float = 1e-5
+    norm_placement: NormPlacement = "pre"
     activation: Activation = "swiglu"
+    feedforward: FeedForward | None = None
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     bias: bool = False
-    query_key_norm: bool = False
+    query_key_value_bias: bool | None = None
+    query_key_norm: QueryKeyNorm = "none"
+    attention: AttentionKind = "auto"
+    attention_windows: tuple[int | None, ...] = (None,)
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
     tied_embeddings: bool = False
     dropout: float = 0.0
+    vocab_multiple: int = VOCAB_MULTIPLE
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attention_windows", tuple(self.attention_windows))
         for name in _POSITIVE:
             require_positive(name, getattr(self, name))
-        for name, known in _CHOICES.items():
+        for name in _POSITIVE_OR_NONE:
+            if (value := getattr(self, name)) is not None:
+                require_positive(name, value)
+        for name, kind in _CHOICES.items():
+            known = get_args(kind)
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}", about=(None, name)
                 )
+        self._check_attention()
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout}", about=(None, "dropout"))
+
+    def _check_attention(self) -> None:
         if self.heads % self.key_value_heads:
             raise ConfigError(
                 f"key_value_heads {self.key_value_heads} does not divide heads {self.heads} "
@@ -82,14 +131,39 @@ class Architecture:
                 hint="head_size defaults to hidden_size / heads",
                 about=(None, "head_size"),
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout}", about=(None, "dropout"))
+        if self.rope_scaling is not None and self.positions != "rope":
+            raise ConfigError(
+                f"rope_scaling stretches rotary positions, but positions is {self.positions!r}",
+                hint="set positions: rope, or leave rope_scaling out",
+                about=(None, "rope_scaling"),
+            )
+        if not self.attention_windows:
+            raise ConfigError(
+                "attention_windows needs at least one entry", hint="[null] sees all", about=(None, "attention_windows")
+            )
+        for window in self.attention_windows:
+            if window is not None:
+                require_positive("attention_windows", window)
+
+    @property
+    def has_query_key_value_bias(self) -> bool:
+        """Whether the projections to query, key and value have biases."""
+        return self.bias if self.query_key_value_bias is None else self.query_key_value_bias
+
+    @property
+    def stored_vocab_size(self) -> int:
+        """Rows of the embedding and of the head: ``vocab_size`` rounded up to ``vocab_multiple``."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens block ``layer``, from 0, sees, the present one included; None is all."""
+        return self.attention_windows[layer % len(self.attention_windows)]
 
     @property
     def matmul_parameters(self) -> int:
         """Weights that multiply activations: projections and head, without input embeddings, norms and biases."""
         attention = 2 * self.hidden_size * self.head_size * (self.heads + self.key_value_heads)
-        matrices = 3 if self.activation == "swiglu" else 2
+        matrices = 3 if self.activation in GATED else 2
         feedforward = matrices * self.hidden_size * self.intermediate_size
         return self.layers * (attention + feedforward) + self.vocab_size * self.hidden_size
 
@@ -114,11 +188,19 @@ _POSITIVE = (
     "intermediate_size",
     "norm_eps",
     "rope_theta",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logit_multiplier",
+    "vocab_multiple",
 )
-_CHOICES = {
-    "norm": ("rms", "layer"),
-    "activation": ("swiglu", "gelu"),
-    "positions": ("rope", "absolute", "none"),
+_POSITIVE_OR_NONE = ("attention_scale", "attention_softcap", "logit_softcap")
+_CHOICES: dict[str, Any] = {
+    "norm": Norm,
+    "norm_placement": NormPlacement,
+    "activation": Activation,
+    "positions": Positions,
+    "query_key_norm": QueryKeyNorm,
+    "attention": AttentionKind,
 }
 
 
@@ -153,10 +235,10 @@ def derived_head_size(hidden_size: int, heads: int) -> int:
 
 
 def derived_intermediate_size(hidden_size: int, activation: str) -> int:
-    """Inner width where it is not given: 4 * hidden_size for GELU, 8/3 of it for SwiGLU, rounded up to 64.
+    """Inner width where it is not given: 4 * hidden_size, or 8/3 of it where a gate is, rounded up to 64.
 
-    SwiGLU has three matrices instead of two; 2/3 of the width keeps the parameters equal (arXiv:2002.05202).
+    A gated one has three matrices instead of two; 2/3 of the width keeps the parameters equal (arXiv:2002.05202).
     """
-    if activation == "gelu":
+    if activation not in GATED:
         return 4 * hidden_size
-    return -(-8 * hidden_size // (3 * SWIGLU_MULTIPLE)) * SWIGLU_MULTIPLE
+    return -(-8 * hidden_size // (3 * INTERMEDIATE_MULTIPLE)) * INTERMEDIATE_MULTIPLE

@@ -13,6 +13,7 @@ Shape suffixes: B batch, T tokens, D hidden size, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Literal
 
 import torch
@@ -24,9 +25,10 @@ from modalities_core.interfaces import ParallelPlan
 from modalities_models.architecture import Architecture
 from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
 from modalities_models.nn.attention import Attention, KeyValueCache, segment_mask, segment_positions
-from modalities_models.nn.feedforward import feedforward
+from modalities_models.nn.feedforward import FeedForward, FeedForwardShape, dense
 from modalities_models.nn.norms import RMSNorm, norm
 from modalities_models.nn.rope import Rotation, rotation
+from modalities_models.nn.rope_scaling import RopeScaling
 from modalities_models.presets import resolve
 
 
@@ -43,11 +45,11 @@ class Block(nn.Module):
             a.key_value_heads,
             a.head_size,
             bias=a.bias,
-            query_key_norm_eps=a.norm_eps if a.query_key_norm else None,
+            query_key_norm_eps=a.norm_eps if a.query_key_norm == "head" else None,
             dropout=a.dropout,
         )
         self.feedforward_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
-        self.feedforward = feedforward(a.activation, a.hidden_size, a.intermediate_size, a.bias)
+        self.feedforward = dense(FeedForwardShape(a.hidden_size, a.intermediate_size, a.activation, a.bias))
         self.dropout = a.dropout
 
     def forward(
@@ -222,13 +224,26 @@ def decoder(
     intermediate_size: int | None = None,
     norm: Literal["rms", "layer"] | None = None,
     norm_eps: float | None = None,
-    activation: Literal["swiglu", "gelu"] | None = None,
+    norm_placement: Literal["pre", "post", "sandwich"] | None = None,
+    activation: Literal["swiglu", "geglu", "gelu", "relu_squared"] | None = None,
+    feedforward: FeedForward | None = None,
     positions: Literal["rope", "absolute", "none"] | None = None,
     rope_theta: float | None = None,
+    rope_scaling: RopeScaling | None = None,
     bias: bool | None = None,
-    query_key_norm: bool | None = None,
+    query_key_value_bias: bool | None = None,
+    query_key_norm: Literal["none", "head", "projection"] | None = None,
+    attention: Literal["auto", "sdpa", "flash", "flex"] | None = None,
+    attention_windows: tuple[int | None, ...] | None = None,
+    attention_scale: float | None = None,
+    attention_softcap: float | None = None,
+    embedding_multiplier: float | None = None,
+    residual_multiplier: float | None = None,
+    logit_multiplier: float | None = None,
+    logit_softcap: float | None = None,
     tied_embeddings: bool | None = None,
     dropout: float | None = None,
+    vocab_multiple: int | None = None,
     initialization: Initialization | None = None,
     seed: int = 0,
 ) -> Decoder:
@@ -245,40 +260,41 @@ def decoder(
         key_value_heads: key and value heads per block, a divisor of heads (grouped-query attention,
             arXiv:2305.13245); default heads.
         head_size: width of one head; default hidden_size / heads.
-        intermediate_size: inner width of the feed-forward; default 8/3 of hidden_size rounded up to 64 for swiglu,
-            4 * hidden_size for gelu.
+        intermediate_size: inner width of the dense feed-forward; default 4 * hidden_size, and 8/3 of hidden_size
+            rounded up to 64 for swiglu and geglu.
         norm: RMSNorm (default) or LayerNorm.
         norm_eps: added to the variance in every norm; default 1e-5.
-        activation: of the feed-forward; swiglu by default; gelu is its tanh form, as in GPT-2.
+        norm_placement: pre (the default) norms what enters a sublayer, post what leaves it (OLMo 2), sandwich both
+            (Gemma 2).
+        activation: of the feed-forward; swiglu by default; geglu and gelu take GELU in its tanh form, as Gemma and
+            GPT-2; relu_squared is the square of ReLU.
+        feedforward: instead of the dense feed-forward, such as ``feedforward.mixture_of_experts``.
         positions: rope (rotary, the default), absolute (learned), or none.
         rope_theta: base of the rotary wavelengths; default 10000.
+        rope_scaling: stretches the rotary wavelengths for longer sequences.
         bias: biases in projections and LayerNorms; the head never has one; default false.
-        query_key_norm: RMSNorm over each query and key head before the rotation; default false.
+        query_key_value_bias: biases in the projections to query, key and value; default as bias.
+        query_key_norm: RMSNorm of queries and keys before the rotation: over each head (Qwen3), over the whole
+            projection (OLMo 2), or none, the default.
+        attention: the implementation; auto (the default) takes the fastest there is.
+        attention_windows: how many tokens, the present one included, the blocks see, in turn; null is all. Default
+            [null].
+        attention_scale: factor on the attention scores; default head_size ** -0.5.
+        attention_softcap: scores s become cap * tanh(s / cap); default none.
+        embedding_multiplier: factor on the token embeddings; default 1.
+        residual_multiplier: factor on what every sublayer adds to the residual stream; default 1.
+        logit_multiplier: factor on the logits, before their soft cap; default 1.
+        logit_softcap: logits z become cap * tanh(z / cap); default none.
         tied_embeddings: the head uses the embedding's weight; default false.
         dropout: probability, on embeddings, attention weights and residual outputs, in training only; default 0.
+        vocab_multiple: rows of embedding and head are stored rounded up to a multiple of this; logits and exports
+            have vocab_size.
         initialization: how weights are filled; default ``initialization.scaled`` with std 0.02.
         seed: of the initial values.
 
     Raises:
         ConfigError: the preset is unknown, a needed number is missing, or the numbers are impossible.
     """
-    overrides = {
-        "vocab_size": vocab_size,
-        "sequence_length": sequence_length,
-        "hidden_size": hidden_size,
-        "layers": layers,
-        "heads": heads,
-        "key_value_heads": key_value_heads,
-        "head_size": head_size,
-        "intermediate_size": intermediate_size,
-        "norm": norm,
-        "norm_eps": norm_eps,
-        "activation": activation,
-        "positions": positions,
-        "rope_theta": rope_theta,
-        "bias": bias,
-        "query_key_norm": query_key_norm,
-        "tied_embeddings": tied_embeddings,
-        "dropout": dropout,
-    }
+    given = dict(locals())
+    overrides = {field.name: given[field.name] for field in fields(Architecture)}
     return Decoder(resolve(preset, overrides), initialization or Scaled(), seed)

@@ -96,7 +96,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "intermediate_size": 3072,
             "norm_eps": 1e-6,
             "rope_theta": 1_000_000.0,
-            "query_key_norm": True,
+            "query_key_norm": "head",
             "tied_embeddings": True,
         },
     }

@@ -2,46 +2,121 @@
 
 Gate and up stay separate matrices: on CPU splitting a fused product costs more than the fusion gains, and separate
 matrices shard over tensor-parallel ranks and map to Hugging Face checkpoints without reordering rows.
+
+Shape suffixes: D hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Activation = Literal["swiglu", "geglu", "gelu", "relu_squared"]
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+GATED = frozenset({"swiglu", "geglu"})
+"""Activations with a gate: three matrices, down(act(gate(x)) * up(x)); the others have two, down(act(up(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+NONLINEARITY: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "swiglu": F.silu,
+        "geglu": partial(F.gelu, approximate="tanh"),
+        "gelu": partial(F.gelu, approximate="tanh"),
+        "relu_squared": squared_relu,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardShape:
+    """What a block says about its feed-forward.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I of the dense feed-forward.
+        activation: between the matrices.
+        bias: biases in the matrices.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation
+    bias: bool
+
+
+class WeightCount(NamedTuple):
+    """Parameters of one feed-forward.
+
+    total: all elements.
+    active: elements of the matrices that one token passes through; biases are not matrices.
+    """
+
+    total: int
+    active: int
+
+
+@runtime_checkable
+class FeedForward(Protocol):
+    """What stands in for the dense feed-forward of the blocks: data that builds one module per block."""
+
+    def build(self, shape: FeedForwardShape, layer: int) -> nn.Module:
+        """The module of block ``layer``, from 0: (B, T, D) to (B, T, D)."""
+        ...
+
+    def weights(self, shape: FeedForwardShape, layer: int) -> WeightCount:
+        """How many parameters that module has."""
+        ...
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)), arXiv:2002.05202: SwiGLU with SiLU, GeGLU with GELU in its tanh form."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation, bias: bool) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.nonlinearity = NONLINEARITY[activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+        return self.down(self.nonlinearity(self.gate(hidden)) * self.up(hidden))
 
 
-class GELU(nn.Module):
-    """down(gelu(up(x))) with the tanh form of GELU (arXiv:1606.08415), as in GPT-2."""
+class PlainFeedForward(nn.Module):
+    """down(act(up(x))): GELU in its tanh form (arXiv:1606.08415) as in GPT-2, or squared ReLU (arXiv:2109.08668)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation, bias: bool) -> None:
         super().__init__()
         self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.nonlinearity = NONLINEARITY[activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.down(F.gelu(self.up(hidden), approximate="tanh"))
+        return self.down(self.nonlinearity(self.up(hidden)))
 
 
-def feedforward(
-    activation: Literal["swiglu", "gelu"], hidden_size: int, intermediate_size: int, bias: bool
-) -> SwiGLU | GELU:
-    """The feed-forward of a block."""
-    kind = SwiGLU if activation == "swiglu" else GELU
-    return kind(hidden_size, intermediate_size, bias)
+def dense(shape: FeedForwardShape) -> GatedFeedForward | PlainFeedForward:
+    """The dense feed-forward of a block."""
+    kind = GatedFeedForward if shape.activation in GATED else PlainFeedForward
+    return kind(shape.hidden_size, shape.intermediate_size, shape.activation, shape.bias)
+
+
+def dense_weights(shape: FeedForwardShape) -> WeightCount:
+    """How many parameters the dense feed-forward has."""
+    gated = shape.activation in GATED
+    matrices = (3 if gated else 2) * shape.hidden_size * shape.intermediate_size
+    biases = (1 + gated) * shape.intermediate_size + shape.hidden_size if shape.bias else 0
+    return WeightCount(matrices + biases, matrices)
