@@ -143,3 +143,24 @@ def test_marked_documents_reach_the_model_or_are_refused():
     assert model.seen is None
     with pytest.raises(ConfigError, match="TinyModel cannot keep them apart"):
         Plain(TinyModel(), summed_cross_entropy, Alone("cpu")).evaluate(marked)
+
+
+class ImageModel(TinyModel):
+    """Remembers the images it was given."""
+
+    def forward(self, tokens_BT, images_BCHW=None):
+        self.seen = images_BCHW
+        return super().forward(tokens_BT)
+
+
+def test_images_reach_the_model_or_are_refused():
+    plain = TinyBatches(4, 4).micro_batches(0)[0]
+    pictured = replace(plain, images_BCHW=torch.zeros(4, 3, 2, 2, dtype=torch.uint8))
+    model = ImageModel()
+    executor = Plain(model, summed_cross_entropy, Alone("cpu"))
+    executor.forward_backward([pictured])
+    assert torch.equal(model.seen, pictured.images_BCHW)
+    executor.evaluate(plain)
+    assert model.seen is None
+    with pytest.raises(ConfigError, match="TinyModel does not look at them"):
+        Plain(TinyModel(), summed_cross_entropy, Alone("cpu")).forward_backward([pictured])

@@ -32,11 +32,13 @@ class Samples(NamedTuple):
     weights: (N, T) float32, how much each target counts in the loss; None where all count 1.
     segments: (N, T) int32, the number of each input's document within its sample, rising from 0; inputs attend only
         to their own segment, and positions count from its start. None where a sample is one piece of text.
+    images: (N, height, width, channels) uint8, the image each text belongs to; None where there are none.
     """
 
     tokens: np.ndarray
     weights: np.ndarray | None = None
     segments: np.ndarray | None = None
+    images: np.ndarray | None = None
 
 
 @runtime_checkable
@@ -94,21 +96,24 @@ class Batch:
     weights_BT: (B, T) float32, how much each target counts; None where all count 1.
     segments_BT: (B, T) int32, the number of each input's document within its sample, rising from 0; None where a
         sample is one piece of text.
+    images_BCHW: (B, channels, height, width) uint8, the image each text belongs to; None where there are none.
     """
 
     tokens_BT: Tensor
     targets_BT: Tensor
     weights_BT: Tensor | None = None
     segments_BT: Tensor | None = None
+    images_BCHW: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``, copied without blocking the host where its memory is pinned."""
-        weights, segments = self.weights_BT, self.segments_BT
+        weights, segments, images = self.weights_BT, self.segments_BT, self.images_BCHW
         return Batch(
             self.tokens_BT.to(device, non_blocking=True),
             self.targets_BT.to(device, non_blocking=True),
             None if weights is None else weights.to(device, non_blocking=True),
             None if segments is None else segments.to(device, non_blocking=True),
+            None if images is None else images.to(device, non_blocking=True),
         )
 
 
@@ -170,8 +175,9 @@ class Model(Protocol):
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) int64 to hidden states (B, T, D).
 
-        A model that can keep documents apart also takes ``segments_BT`` by keyword, as in ``Batch``; data that marks
-        documents is refused with any other.
+        A model that can keep documents apart also takes ``segments_BT`` by keyword, as in ``Batch``; one that looks
+        at images takes ``images_BCHW`` likewise. Data that has them is refused with any other. A model with more to
+        say than hidden states may return a NamedTuple of tensors, for a loss that knows it.
         """
         ...
 

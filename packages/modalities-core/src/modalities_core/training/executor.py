@@ -86,15 +86,29 @@ class Plain:
             return self.loss(self._hidden(batch), self.model.head, batch)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        if batch.segments_BT is None:
+        optional = {"segments_BT": batch.segments_BT, "images_BCHW": batch.images_BCHW}
+        given = {name: value for name, value in optional.items() if value is not None}
+        if not given:
             return self.model(batch.tokens_BT)
-        if "segments_BT" not in inspect.signature(self._module.forward).parameters:
-            raise ConfigError(
-                f"the data marks where documents begin, but {type(self._module).__name__} cannot keep them apart",
-                hint="let the dataset join documents, or give the model's forward the argument segments_BT",
+        taken = inspect.signature(self._module.forward).parameters
+        for name in given:
+            if name not in taken:
+                raise self._refused(name)
+        return self._module(batch.tokens_BT, **given)
+
+    def _refused(self, name: str) -> ConfigError:
+        kind = type(self._module).__name__
+        if name == "images_BCHW":
+            return ConfigError(
+                f"the data has images, but {kind} does not look at them",
+                hint="take a dataset of text, or give the model's forward the argument images_BCHW",
                 about=self.model,
             )
-        return self._module(batch.tokens_BT, segments_BT=batch.segments_BT)
+        return ConfigError(
+            f"the data marks where documents begin, but {kind} cannot keep them apart",
+            hint="let the dataset join documents, or give the model's forward the argument segments_BT",
+            about=self.model,
+        )
 
     def _share(self, sums: LossSum) -> LossSum:
         # Ranks that see the same data (tensor parallel) would otherwise be counted several times.

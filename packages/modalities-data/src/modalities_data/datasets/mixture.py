@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 import xxhash
 
-from modalities_core.errors import ConfigError
+from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Dataset, Samples
 from modalities_data.datasets.arrays import checked
 from modalities_data.order import ORDER_VERSION, check_seed, shuffled
@@ -136,7 +136,24 @@ def joined_samples(parts: list[tuple[np.ndarray, Samples]], samples: int) -> Sam
             weights[rows] = part.weights
         if segments is not None and part.segments is not None:
             segments[rows] = part.segments
-    return Samples(tokens, weights, segments)
+    return Samples(tokens, weights, segments, _joined_images([(rows, part.images) for rows, part in parts], samples))
+
+
+def _joined_images(parts: list[tuple[np.ndarray, np.ndarray | None]], samples: int) -> np.ndarray | None:
+    """(samples, height, width, channels): each part's images in its rows; None where no part has any."""
+    shapes = {None if images is None else images.shape[1:] for _, images in parts}
+    if shapes == {None}:
+        return None
+    if len(shapes) > 1:
+        some = " and ".join("none" if shape is None else " x ".join(map(str, shape)) for shape in shapes)
+        raise DataError(
+            f"a mixture's datasets have all images of one size or none, these have {some}",
+            hint="prepare all of them with the same image size",
+        )
+    joined = np.empty((samples, *next(shape for shape in shapes if shape is not None)), np.uint8)
+    for rows, images in parts:
+        joined[rows] = images
+    return joined
 
 
 def _counts(owner: object, weights: list[float]) -> list[int]:

@@ -17,7 +17,7 @@ from modalities_core.interfaces import Batch, Samples
 
 def as_batch(samples: Samples, counts_B: np.ndarray | None, pinned: bool) -> Batch:
     """Samples as tensors; where ``counts_B`` is given, (B,) bool, the other rows weigh nothing."""
-    tokens, weights, segments = samples
+    tokens, weights, segments, images = samples
     pair = torch.empty((2, len(tokens), tokens.shape[1] - 1), dtype=torch.int64, pin_memory=pinned)
     # Written once, straight into the memory that is copied from.
     inputs, targets = pair.numpy()
@@ -25,7 +25,13 @@ def as_batch(samples: Samples, counts_B: np.ndarray | None, pinned: bool) -> Bat
     if counts_B is not None:
         base = np.ones(inputs.shape, np.float32) if weights is None else weights
         weights = base * counts_B[:, None].astype(np.float32)
-    return Batch(pair[0], pair[1], _tensor(weights, np.float32, pinned), _tensor(segments, np.int32, pinned))
+    return Batch(
+        pair[0],
+        pair[1],
+        _tensor(weights, np.float32, pinned),
+        _tensor(segments, np.int32, pinned),
+        None if images is None else _tensor(images.transpose(0, 3, 1, 2), np.uint8, pinned),
+    )
 
 
 def _tensor(values: np.ndarray | None, dtype: type, pinned: bool) -> torch.Tensor | None:
@@ -62,7 +68,8 @@ class CopiedAhead(Sequence[Batch]):
         self._copy(number + 1)
         compute = torch.cuda.current_stream(self._device)
         compute.wait_event(done)
-        for tensor in (batch.tokens_BT, batch.targets_BT, batch.weights_BT, batch.segments_BT):
+        tensors = (batch.tokens_BT, batch.targets_BT, batch.weights_BT, batch.segments_BT, batch.images_BCHW)
+        for tensor in tensors:
             if tensor is not None:
                 # Its memory came from the other stream: it may go back only when this one is done with it.
                 tensor.record_stream(compute)
