@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from modalities_models.decoder import decoder
-from modalities_models.nn.attention import causal_attention
+from modalities_models.nn.attention_implementations import Scores, attend
 from modalities_models.nn.chunked_attention import LONGEST, chunk_bounds, chunked_causal_attention, suits
+from modalities_models.nn.masks import causal
 
 
 def heads(batch: int, count: int, length: int, size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -52,7 +53,8 @@ def test_chunked_attention_follows_the_definition(length, key_heads, dtype, tole
 def test_attention_of_the_last_tokens_follows_the_definition(new, total, key_heads):
     query = heads(2, 4, new, 8, 0, torch.float64)
     key, value = (heads(2, key_heads, total, 8, seed, torch.float64) for seed in (1, 2))
-    compare(causal_attention, query, key, value, 1e-13)
+    mask = causal(query[:, 0, :, 0], total - new)
+    compare(lambda *heads: attend(*heads, mask, Scores()), query, key, value, 1e-13)
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 256, 513, 1000, LONGEST])
@@ -105,7 +107,7 @@ def test_a_bfloat16_step_is_as_close_to_float64_as_torch_attention(compiled, mon
         return torch.cat([parameter.grad.double().flatten() for parameter in twin.parameters()])
 
     exact, ours = gradient(torch.float64), gradient(torch.bfloat16, compiled)
-    monkeypatch.setattr("modalities_models.nn.attention.suits", lambda *_: False)
+    monkeypatch.setattr("modalities_models.nn.attention_implementations.suits", lambda *_: False)
     torchs = gradient(torch.bfloat16)
     assert not torch.equal(ours, torchs)
     assert (ours - exact).norm() < 1.5 * (torchs - exact).norm() + 1e-3 * exact.norm()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modalities_models.decoder import decoder
-from modalities_models.nn.attention import segment_mask, segment_positions
+from modalities_models.nn.masks import causal, segment_positions
 
 SIZES = {"vocab_size": 50, "sequence_length": 16, "hidden_size": 32, "layers": 2, "heads": 4}
 SEGMENTS = torch.tensor([[0] * 5 + [1] + [2] * 7 + [3] * 3, [0] * 16])
@@ -37,7 +37,7 @@ def test_positions_and_mask_by_hand() -> None:
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
-    assert segment_mask(segments)[0, 0].int().tolist() == expected
+    assert causal(segments, segments_BT=segments).dense(None)[0, 0].int().tolist() == expected
 
 
 def test_no_gradient_crosses_a_boundary() -> None:

@@ -24,8 +24,10 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import ParallelPlan
 from modalities_models.architecture import Architecture
 from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
-from modalities_models.nn.attention import Attention, KeyValueCache, segment_mask, segment_positions
+from modalities_models.nn.attention import Attention
+from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.feedforward import FeedForward, FeedForwardShape, dense
+from modalities_models.nn.masks import Mask, causal, positions
 from modalities_models.nn.norms import RMSNorm, norm
 from modalities_models.nn.rope import Rotation, rotation
 from modalities_models.nn.rope_scaling import RopeScaling
@@ -35,32 +37,20 @@ from modalities_models.presets import resolve
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
         a = architecture
         self.attention_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
-        self.attention = Attention(
-            a.hidden_size,
-            a.heads,
-            a.key_value_heads,
-            a.head_size,
-            bias=a.bias,
-            query_key_norm_eps=a.norm_eps if a.query_key_norm == "head" else None,
-            dropout=a.dropout,
-        )
+        self.attention = Attention(a, layer)
         self.feedforward_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
         self.feedforward = dense(FeedForwardShape(a.hidden_size, a.intermediate_size, a.activation, a.bias))
         self.dropout = a.dropout
 
     def forward(
-        self,
-        hidden_BTD: Tensor,
-        rotation: Rotation | None,
-        cache: KeyValueCache | None = None,
-        mask_B1TT: Tensor | None = None,
+        self, hidden_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KeyValueCache | None = None
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        mixed_BTD = self.attention(self.attention_norm(hidden_BTD), rotation, cache, mask_B1TT)
+        mixed_BTD = self.attention(self.attention_norm(hidden_BTD), rotation, mask, cache)
         hidden_BTD = hidden_BTD + self._drop(mixed_BTD)
         return hidden_BTD + self._drop(self.feedforward(self.feedforward_norm(hidden_BTD)))
 
@@ -109,7 +99,7 @@ class Decoder(nn.Module):
             self.embedding = _embedding(a.vocab_size, a.hidden_size)
             absolute = a.positions == "absolute"
             self.positions = _embedding(a.sequence_length, a.hidden_size) if absolute else None
-            self.blocks = nn.ModuleList([Block(a) for _ in range(a.layers)])
+            self.blocks = nn.ModuleList([Block(a, layer) for layer in range(a.layers)])
             self.norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
             self.head: nn.Module = (
                 TiedHead(self.embedding) if a.tied_embeddings else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
@@ -125,6 +115,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         caches: Sequence[KeyValueCache] | None = None,
         segments_BT: Tensor | None = None,
+        padding_B: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) int64 to hidden states (B, T, D) after the final norm.
 
@@ -133,6 +124,9 @@ class Decoder(nn.Module):
             caches: one per block, from ``new_caches``; extended by these tokens.
             segments_BT: (B, T) integers, the number of each token's document within its sample; tokens then see
                 only their own document, and positions count from its start. Not together with caches.
+            padding_B: (B,) int64, how many leading tokens of each row, those in the caches included, are padding:
+                no other token sees them, and positions count from the first after them. So prompts of different
+                lengths are read together; the same counts are given with every piece of the text.
 
         Raises:
             ConfigError: the input is longer than the model's sequence length.
@@ -145,19 +139,20 @@ class Decoder(nn.Module):
                 hint=f"shorten the data's sequences, or build the model with sequence_length {length} or more",
                 about=(self, "sequence_length"),
             )
-        positions, mask_B1TT = torch.arange(start, length, device=tokens_BT.device), None
-        if segments_BT is not None:
-            assert caches is None, "a cache holds one document"
-            positions, mask_B1TT = segment_positions(segments_BT), segment_mask(segments_BT)
+        assert segments_BT is None or (caches is None and padding_B is None), "documents are packed without either"
+        mask, places = (
+            causal(tokens_BT, start, segments_BT, padding_B),
+            positions(tokens_BT, start, segments_BT, padding_B),
+        )
         hidden_BTD = self.embedding(tokens_BT)
         if self.positions is not None:
-            hidden_BTD = hidden_BTD + self.positions(positions)
+            hidden_BTD = hidden_BTD + self.positions(places)
         a = self.architecture
         if a.dropout and self.training:
             hidden_BTD = F.dropout(hidden_BTD, a.dropout)
-        turned = rotation(positions, a.head_size, a.rope_theta) if a.positions == "rope" else None
+        turned = rotation(places, a.head_size, a.rope_theta) if a.positions == "rope" else None
         for index, block in enumerate(self.blocks):
-            hidden_BTD = block(hidden_BTD, turned, caches[index] if caches else None, mask_B1TT)
+            hidden_BTD = block(hidden_BTD, turned, mask, caches[index] if caches else None)
         return self.norm(hidden_BTD)
 
     def new_caches(self, capacity: int | None = None) -> list[KeyValueCache]:
@@ -166,7 +161,8 @@ class Decoder(nn.Module):
         Args:
             capacity: tokens they hold; by default the model's sequence length.
         """
-        return [KeyValueCache(capacity or self.sequence_length) for _ in self.blocks]
+        a = self.architecture
+        return [KeyValueCache(capacity or self.sequence_length, a.window(layer)) for layer in range(a.layers)]
 
     def parallel_plan(self) -> ParallelPlan:
         """Every block is one unit of sharding, recomputation and compilation."""
