@@ -6,7 +6,7 @@ All read special tokens that occur inside a document as ordinary text: only we w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ class TokenizersEngine:
     """The ``tokenizers`` library of Hugging Face: loads everything, defines what is right."""
 
     name = "tokenizers"
+    CALL_CHARACTERS = 1 << 18
+    """How much text is encoded at once: the library's encodings take some hundred bytes per token until they go."""
 
     def __init__(self, content: str) -> None:
         """Load ``content``, the text of a tokenizer.json; cutting and padding are switched off."""
@@ -41,11 +43,28 @@ class TokenizersEngine:
 
     def encode_flat(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids back to back, uint32, and (documents + 1,) int64 offsets."""
-        encodings = self.tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
-        ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        ids = [
+            np.array(encoding.ids, np.uint32)
+            for batch in _batches(documents, self.CALL_CHARACTERS)
+            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ]
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(part) for part in ids], out=offsets[1:])
         return np.concatenate([*ids, np.empty(0, np.uint32)]), offsets
+
+
+def _batches(documents: Sequence[str], characters: int) -> Iterator[list[str]]:
+    """The documents in their order, as many at a time as reach ``characters``."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class FastokensEngine:
