@@ -265,6 +265,22 @@ def provenance(hidden: Sequence[str] = ()) -> dict:
     }
 
 
+def origin(result: dict) -> list[str]:
+    """Lines of Markdown that say where a result with a ``provenance`` comes from."""
+    return [
+        "", f"- command: `{result['command']}`", f"- commit: {result['commit']}", f"- date: {result['date']}",
+        f"- machine: {result['cpu']}, {result['cores']} cores, load {result['load']:.1f}",
+        f"- versions: {json.dumps(result['versions'])}",
+    ]  # fmt: skip
+
+
+def tell(result: dict, text: str, path: Path | None) -> None:
+    """Print ``text`` and, where there is a path, write ``path``.json and ``path``.md."""
+    print(text)
+    if path is not None:
+        save(path, result, text)
+
+
 def _git(*words: str) -> str:
     found = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30, check=False)
     return found.stdout.strip()

@@ -11,7 +11,8 @@ import json
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -67,7 +68,45 @@ def make(cache: Path, megabytes: int, seed: int = 0, more_folders: Sequence[Path
     return path, json.loads(facts_path.read_text())
 
 
-def _write(path: Path, texts: Sequence[str], wanted: int) -> None:
+def stretched(cache: Path, megabytes: int, seed: int = 0) -> tuple[Path, dict]:
+    """A JSONL file as ``make`` gives it, made once, also where this machine has less text than that.
+
+    What is missing are documents of the lines of all others in another order: as distinct as documents, though not as
+    words, which is enough to see whether memory grows.
+
+    Returns:
+        the file, and what it has: the facts of ``make`` and mixed_documents.
+    """
+    path = cache / f"stretched-{megabytes}-{seed}.jsonl"
+    facts_path = path.with_suffix(".json")
+    if not facts_path.is_file():
+        print(f"making {path.name} ...", file=sys.stderr, flush=True)
+        texts = list(documents(default_folders()))
+        random.Random(seed).shuffle(texts)
+        real, wanted = sum(len(text.encode()) for text in texts), megabytes * 10**6
+        mixed = _mixed(texts, max(0, wanted - real), seed)
+        _write(path, chain(texts, mixed), wanted)
+        facts = _facts(path)
+        facts_path.write_text(json.dumps({**facts, "mixed_documents": max(0, facts["documents"] - len(texts))}))
+    return path, json.loads(facts_path.read_text())
+
+
+def _mixed(texts: Sequence[str], wanted: int, seed: int) -> Iterator[str]:
+    """At least ``wanted`` bytes of documents of 100 lines each, drawn from all over."""
+    generator = random.Random(seed)
+    written = 0
+    while written < wanted:
+        lines = [generator.choice(texts).partition("\n")[0] for _ in range(10)]
+        while len(lines) < 100:
+            text = generator.choice(texts)
+            start = generator.randrange(len(text))
+            lines += text[start : start + 2000].split("\n")[1:-1]
+        text = "\n".join(lines)
+        written += len(text.encode())
+        yield text
+
+
+def _write(path: Path, texts: Iterable[str], wanted: int) -> None:
     written = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
