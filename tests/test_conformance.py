@@ -30,6 +30,10 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "world.auto": ("{component: world.auto}", interfaces.World),
     "model.decoder": (NANO, interfaces.Model),
     "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),
+    "rope_scaling.linear": ("{component: rope_scaling.linear, factor: 2}", None),
+    "rope_scaling.ntk": ("{component: rope_scaling.ntk, original_length: 64}", None),
+    "rope_scaling.yarn": ("{component: rope_scaling.yarn, factor: 4, original_length: 64}", None),
+    "rope_scaling.llama3": ("{component: rope_scaling.llama3, factor: 8, original_length: 64}", None),
     "loss.cross_entropy": (LOSS, interfaces.Loss),
     "executor.plain": (EXECUTOR, interfaces.Executor),
     "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
@@ -37,6 +41,10 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "dataset.packed": ("{component: dataset.packed, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
     "dataset.best_fit": ("{component: dataset.best_fit, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
     "dataset.part": (f"{{component: dataset.part, dataset: {LOREM}, end: 0.5}}", interfaces.Dataset),
+    "dataset.image_text": (
+        "{component: dataset.image_text, path: DATA/pairs, tokenizer: {component: tokenizer.bytes}, sequence_length: 9}",
+        interfaces.Dataset,
+    ),
     "dataset.mixture": (
         f"{{component: dataset.mixture, datasets: [{LOREM}, {LOREM}], weights: [3, 1], samples: 30}}",
         interfaces.Dataset,

@@ -5,5 +5,9 @@ COMPONENTS: dict[str, str] = {
     "initialization.plain": "modalities_models.initialization:Plain",
     "initialization.scaled": "modalities_models.initialization:Scaled",
     "initialization.llama": "modalities_models.initialization:Llama",
+    "rope_scaling.linear": "modalities_models.nn.rope_scaling:Linear",
+    "rope_scaling.ntk": "modalities_models.nn.rope_scaling:Ntk",
+    "rope_scaling.yarn": "modalities_models.nn.rope_scaling:Yarn",
+    "rope_scaling.llama3": "modalities_models.nn.rope_scaling:Llama3",
     "loss.cross_entropy": "modalities_models.losses:CrossEntropy",
 }

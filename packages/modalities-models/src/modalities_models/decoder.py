@@ -150,7 +150,9 @@ class Decoder(nn.Module):
         a = self.architecture
         if a.dropout and self.training:
             hidden_BTD = F.dropout(hidden_BTD, a.dropout)
-        turned = rotation(places, a.head_size, a.rope_theta) if a.positions == "rope" else None
+        turned = None
+        if a.positions == "rope":
+            turned = rotation(places, a.head_size, a.rope_theta, a.rope_scaling, a.sequence_length)
         for index, block in enumerate(self.blocks):
             hidden_BTD = block(hidden_BTD, turned, mask, caches[index] if caches else None)
         return self.norm(hidden_BTD)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modalities_models.nn.rope_scaling import RopeScaling, plain_frequencies
+
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
@@ -25,15 +27,30 @@ class Rotation:
     sin_T1F: Tensor
 
 
-def rotation(positions: Tensor, head_size: int, theta: float) -> Rotation:
-    """The rotation of tokens at ``positions``, (T,) or (B, T) integers, in float32 whatever the model's precision.
+def rotation(
+    positions: Tensor, head_size: int, theta: float, scaling: RopeScaling | None = None, sequence_length: int = 0
+) -> Rotation:
+    """The rotation of tokens, in float32 whatever the model's precision.
 
-    In bfloat16 positions above 256 would already collide; cosines are rounded only where they meet a head.
+    In bfloat16 positions above 256 would already collide; cosines are rounded only where they meet a head. In float64
+    models, too, angles are float32: so are those of Hugging Face's, and a difference of 1e-8 in a rotation is one of
+    1e-8 in the logits.
+
+    Args:
+        positions: places of the tokens in their documents, (T,) or (B, T) integers.
+        head_size: F, even.
+        theta: base of the wavelengths.
+        scaling: what the frequencies are instead of theta^(-2i/F).
+        sequence_length: the longest input of the model, which some scalings depend on.
     """
-    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-    frequencies = 1.0 / (theta**exponents)
+    if scaling is None:
+        frequencies, factor = plain_frequencies(head_size, theta, positions.device), 1.0
+    else:
+        frequencies, factor = scaling.frequencies(head_size, theta, sequence_length, positions.device)
     angles = positions.float()[..., None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
     return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
