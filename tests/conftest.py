@@ -174,7 +174,20 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "held_out"):
         pack(folder / "some.jsonl", folder / name, HuggingFaceTokenizer(folder / "tokenizer.json"), workers=1)
     _write_other_tokenizers(folder)
+    _write_pairs(folder)
     return folder
+
+
+def _write_pairs(folder: Path) -> None:
+    """Four images of 8 x 8 with a caption each."""
+    import numpy as np
+
+    from modalities_data.image_text import write_image_text
+
+    captions = ("one", "two", "three", "four")
+    write_image_text(
+        folder / "pairs", ((np.full((8, 8, 3), 60 * n, np.uint8), text) for n, text in enumerate(captions))
+    )
 
 
 def _write_other_tokenizers(folder: Path) -> None:

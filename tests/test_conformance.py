@@ -21,6 +21,7 @@ HELD_OUT = f"{{component: batches.held_out, dataset: {LOREM}, world: {WORLD}, mi
 LOSS = "{component: loss.cross_entropy}"
 EXECUTOR = f"{{component: executor.plain, model: {NANO}, loss: {LOSS}, world: {WORLD}}}"
 FORMAT = "{component: checkpoint_format.sharded}"
+BYTES = "{component: tokenizer.bytes}"
 EVALUATION = f"{{component: evaluation.held_out, name: h, batches: {HELD_OUT}, every: 2}}"
 OPTIMIZER = f"{{component: optimizer.adamw, model: {NANO}, lr: 1e-3}}"
 
@@ -42,7 +43,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "dataset.best_fit": ("{component: dataset.best_fit, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
     "dataset.part": (f"{{component: dataset.part, dataset: {LOREM}, end: 0.5}}", interfaces.Dataset),
     "dataset.image_text": (
-        "{component: dataset.image_text, path: DATA/pairs, tokenizer: {component: tokenizer.bytes}, sequence_length: 9}",
+        f"{{component: dataset.image_text, path: DATA/pairs, tokenizer: {BYTES}, sequence_length: 9}}",
         interfaces.Dataset,
     ),
     "dataset.mixture": (

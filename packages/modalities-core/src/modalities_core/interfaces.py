@@ -43,7 +43,11 @@ class Samples(NamedTuple):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A fixed, indexable set of equally long samples. No torch needed."""
+    """A fixed, indexable set of equally long samples. No torch needed.
+
+    One with images also says their ``image_shape``, (height, width, channels); batches hand it on, and a model that
+    has an ``image_shape`` takes no others.
+    """
 
     sequence_length: int
     """T, target tokens per sample."""
@@ -107,14 +111,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``, copied without blocking the host where its memory is pinned."""
-        weights, segments, images = self.weights_BT, self.segments_BT, self.images_BCHW
-        return Batch(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.targets_BT.to(device, non_blocking=True),
-            None if weights is None else weights.to(device, non_blocking=True),
-            None if segments is None else segments.to(device, non_blocking=True),
-            None if images is None else images.to(device, non_blocking=True),
-        )
+        optional = (self.weights_BT, self.segments_BT, self.images_BCHW)
+        moved = [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in optional]
+        pair = self.tokens_BT.to(device, non_blocking=True), self.targets_BT.to(device, non_blocking=True)
+        return Batch(*pair, *moved)
 
 
 @runtime_checkable

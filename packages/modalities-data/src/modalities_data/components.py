@@ -7,6 +7,7 @@ COMPONENTS: dict[str, str] = {
     "batches.in_order": "modalities_data.loading.batches:InOrderBatches",
     "batches.shuffled": "modalities_data.loading.batches:ShuffledBatches",
     "dataset.best_fit": "modalities_data.datasets.best_fit:BestFitDataset",
+    "dataset.image_text": "modalities_data.datasets.image_text:ImageTextDataset",
     "dataset.lorem_ipsum": "modalities_data.datasets.memory:LoremIpsumDataset",
     "dataset.mixture": "modalities_data.datasets.mixture:MixtureDataset",
     "dataset.packed": "modalities_data.datasets.packed:PackedDataset",

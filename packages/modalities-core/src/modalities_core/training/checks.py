@@ -14,8 +14,8 @@ def check_run(model: Model, world: World, batches: Batches, evaluations: Sequenc
     """Refuse what would fail, or train something else than meant, once the run is under way.
 
     Raises:
-        ConfigError: token ids beyond the vocabulary, sequences beyond the model's length, gradients that would not be
-            reduced, or two held-out sets of one name.
+        ConfigError: token ids beyond the vocabulary, sequences beyond the model's length, images of another size,
+            gradients that would not be reduced, or two held-out sets of one name.
     """
     check_data(model, batches, "the training data")
     for evaluation in evaluations:
@@ -31,7 +31,7 @@ def check_data(model: Model, data: Batches | HeldOut, called: str) -> None:
 
     Args:
         model: what reads it.
-        data: its largest id and sequence length are compared.
+        data: its largest id, sequence length and image shape are compared.
         called: what an error calls it.
 
     Raises:
@@ -43,12 +43,23 @@ def check_data(model: Model, data: Batches | HeldOut, called: str) -> None:
             hint=f"set vocab_size to at least {data.largest_id + 1}",
             about=(model, "vocab_size"),
         )
+    wanted, found = getattr(model, "image_shape", None), getattr(data, "image_shape", None)
+    if wanted is not None and tuple(wanted) != found:
+        raise ConfigError(
+            f"the model looks at images of {_shape(wanted)}, {called} has {_shape(found)}",
+            hint="give the model the size that the data has, or prepare the data in the model's",
+            about=model,
+        )
     if data.sequence_length > model.sequence_length:
         raise ConfigError(
             f"sequence_length is {model.sequence_length}, but {called} has sequences of {data.sequence_length} tokens",
             hint=f"set it to at least {data.sequence_length}, or cut the data shorter",
             about=(model, "sequence_length"),
         )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "none" if shape is None else " x ".join(map(str, shape)) + " (height, width, channels)"
 
 
 def check_positive(owner: object, **numbers: float | None) -> None:

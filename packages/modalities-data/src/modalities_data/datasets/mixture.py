@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 import xxhash
 
-from modalities_core.errors import ConfigError, DataError
+from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Dataset, Samples
 from modalities_data.datasets.arrays import checked
 from modalities_data.order import ORDER_VERSION, check_seed, shuffled
@@ -63,6 +63,13 @@ class MixtureDataset:
         if len({dataset.sequence_length for dataset in datasets}) > 1:
             lengths = ", ".join(str(dataset.sequence_length) for dataset in datasets)
             raise ConfigError(f"the datasets differ in sequence length: {lengths}", about=(self, "datasets"))
+        self.image_shape = getattr(datasets[0], "image_shape", None)
+        if any(getattr(dataset, "image_shape", None) != self.image_shape for dataset in datasets):
+            raise ConfigError(
+                "of the datasets some have images and others none, or images of another size",
+                hint="mix only datasets whose images have one size",
+                about=(self, "datasets"),
+            )
         if samples is not None and samples < 1:
             raise ConfigError(f"samples is at least 1, not {samples}", about=(self, "samples"))
         counts = _counts(self, weights)
@@ -130,30 +137,17 @@ def joined_samples(parts: list[tuple[np.ndarray, Samples]], samples: int) -> Sam
     segmented = any(part.segments is not None for _, part in parts)
     weights = np.ones((samples, length), np.float32) if weighted else None
     segments = np.zeros((samples, length), np.int32) if segmented else None
+    first = parts[0][1].images
+    images = None if first is None else np.empty((samples, *first.shape[1:]), np.uint8)
     for rows, part in parts:
         tokens[rows] = part.tokens
         if weights is not None and part.weights is not None:
             weights[rows] = part.weights
         if segments is not None and part.segments is not None:
             segments[rows] = part.segments
-    return Samples(tokens, weights, segments, _joined_images([(rows, part.images) for rows, part in parts], samples))
-
-
-def _joined_images(parts: list[tuple[np.ndarray, np.ndarray | None]], samples: int) -> np.ndarray | None:
-    """(samples, height, width, channels): each part's images in its rows; None where no part has any."""
-    shapes = {None if images is None else images.shape[1:] for _, images in parts}
-    if shapes == {None}:
-        return None
-    if len(shapes) > 1:
-        some = " and ".join("none" if shape is None else " x ".join(map(str, shape)) for shape in shapes)
-        raise DataError(
-            f"a mixture's datasets have all images of one size or none, these have {some}",
-            hint="prepare all of them with the same image size",
-        )
-    joined = np.empty((samples, *next(shape for shape in shapes if shape is not None)), np.uint8)
-    for rows, images in parts:
-        joined[rows] = images
-    return joined
+        if images is not None:
+            images[rows] = part.images
+    return Samples(tokens, weights, segments, images)
 
 
 def _counts(owner: object, weights: list[float]) -> list[int]:

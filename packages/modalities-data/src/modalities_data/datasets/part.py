@@ -42,6 +42,7 @@ class PartDataset:
         self.sequence_length = dataset.sequence_length
         self.largest_id = dataset.largest_id
         self.bytes_per_token = dataset.bytes_per_token
+        self.image_shape = getattr(dataset, "image_shape", None)
         place = f"{dataset.fingerprint} {self._first} {self._behind}"
         self.fingerprint = fingerprint("part", place, dataset.sequence_length)
 

@@ -41,6 +41,7 @@ class HeldOutBatches:
         self.sequence_length = dataset.sequence_length
         self.largest_id = dataset.largest_id
         self.bytes_per_token = dataset.bytes_per_token
+        self.image_shape = getattr(dataset, "image_shape", None)
         self._dataset, self._size = dataset, micro_batch_size
         self._samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
         self._rank, self._ranks = world.data_rank, world.data_size

@@ -44,6 +44,7 @@ class _StepBatches(ABC):
         self.samples_per_step = samples_per_step
         self.sequence_length = dataset.sequence_length
         self.largest_id = dataset.largest_id
+        self.image_shape = getattr(dataset, "image_shape", None)
         self._dataset = dataset
         self._micro_batch_size = micro_batch_size
         self._first = world.data_rank * (samples_per_step // world.data_size)
