@@ -1,15 +1,14 @@
-"""Generation: filters against brute force, caches against none, sampling against the distribution."""
+"""Generation: caches against none, batches against single prompts, greedy text against transformers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import nn
 
 from modalities_core.errors import ConfigError, NumericalError
 from modalities_models.decoder import decoder
-from modalities_models.generation import choose, generate, keep_top_k, keep_top_p
+from modalities_models.generation import NewToken, Sampling, generate, generate_batch
 
 TINY = {"vocab_size": 37, "sequence_length": 12, "hidden_size": 32, "layers": 2, "heads": 4}
 VARIANTS = {
@@ -17,7 +16,6 @@ VARIANTS = {
     "absolute": {"positions": "absolute", "norm": "layer", "activation": "gelu", "tied_embeddings": True},
     "none": {"positions": "none"},
 }
-LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12).map(torch.tensor)
 
 
 def peaked(**arguments):
@@ -27,37 +25,6 @@ def peaked(**arguments):
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
     return model
-
-
-@settings(deadline=None)
-@given(LOGITS, st.integers(1, 15))
-def test_top_k_keeps_what_fewer_than_k_beat(logits, k):
-    kept = keep_top_k(logits, k).isfinite().tolist()
-    values = logits.tolist()
-    assert kept == [sum(other > value for other in values) < k for value in values]
-
-
-@settings(deadline=None)
-@given(LOGITS, st.floats(0.01, 1.0))
-def test_top_p_keeps_the_smallest_sufficient_set(logits, p):
-    logits = logits.double()
-    kept = keep_top_p(logits, p).isfinite()
-    probabilities = logits.softmax(-1)
-    assert kept.any()
-    assert probabilities[kept].sum() >= min(p, 1.0) - 1e-9
-    # Leaving out the least likely kept one would not be enough, and nothing left out is likelier than it.
-    least = probabilities[kept].min()
-    if kept.sum() > 1 and p < 1.0:
-        assert probabilities[kept].sum() - least < p + 1e-9
-    if not kept.all():
-        assert probabilities[~kept].max() <= least
-
-
-@settings(deadline=None)
-@given(LOGITS)
-def test_filters_that_keep_all_change_nothing(logits):
-    assert torch.equal(keep_top_k(logits, logits.numel()), logits)
-    assert torch.equal(keep_top_p(logits, 1.0), logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -93,8 +60,8 @@ def test_greedy_is_the_most_likely_token_of_the_last_window(variant):
     assert len(text) == 23
 
 
-def test_greedy_equals_hugging_face():
-    transformers = pytest.importorskip("transformers")
+def gpt2_pair(transformers):
+    """GPT-2 of transformers, and ours with the same weights."""
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=37, n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
     ).eval()
@@ -110,6 +77,11 @@ def test_greedy_equals_hugging_face():
             block.attention.output.weight.copy_(layer.attn.c_proj.weight.T)
             block.feedforward.up.weight.copy_(layer.mlp.c_fc.weight.T)
             block.feedforward.down.weight.copy_(layer.mlp.c_proj.weight.T)
+    return theirs, ours
+
+
+def test_greedy_equals_hugging_face():
+    theirs, ours = gpt2_pair(pytest.importorskip("transformers"))
     prompt = [5, 9, 2]
     wanted = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -117,36 +89,135 @@ def test_greedy_equals_hugging_face():
     assert list(generate(ours, prompt, 20, temperature=0)) == wanted[0, 3:].tolist()
 
 
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(
-        torch.tensor([choose(logits, 0.7, None, None, generator) for _ in range(4000)]), minlength=4
-    )
-    wanted = (logits / 0.7).softmax(-1)
-    # Four standard deviations of a binomial share.
-    assert ((counts / 4000 - wanted).abs() < 4 * (wanted * (1 - wanted) / 4000).sqrt()).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(LOGITS, st.integers(1, 12), st.floats(0.05, 1.0))
-def test_sampled_tokens_pass_both_filters(logits, k, p):
-    generator = torch.Generator().manual_seed(0)
-    allowed = keep_top_p(keep_top_k(logits, k), p).isfinite()
-    assert all(allowed[choose(logits, 1.0, k, p, generator)] for _ in range(10))
-
-
-def test_a_tiny_temperature_is_greedy():
-    logits = torch.tensor([1.0, 1.5, 1.4])
-    generator = torch.Generator().manual_seed(0)
-    assert {choose(logits, 1e-30, None, None, generator) for _ in range(20)} == {1}
-
-
 def test_seed_decides():
     model = peaked()
     first = list(generate(model, [1], 10, temperature=3.0, seed=1))
     assert first == list(generate(model, [1], 10, temperature=3.0, seed=1))
     assert first != list(generate(model, [1], 10, temperature=3.0, seed=2))
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]]
+
+
+def texts(found, prompts):
+    """Tokens and reason of each prompt."""
+    tokens, reasons = [[] for _ in range(prompts)], [None] * prompts
+    for new in found:
+        assert reasons[new.prompt] is None, "nothing comes after the end"
+        if new.token is not None:
+            tokens[new.prompt].append(new.token)
+        reasons[new.prompt] = new.finish
+    assert None not in reasons
+    return tokens, reasons
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.8, repetition_penalty=1.3)])
+def test_a_batch_gives_what_each_prompt_alone_gives(variant, cache, sampling):
+    # In float64, where the rounding of larger products cannot turn a choice.
+    model = peaked(**VARIANTS[variant]).double()
+    seeds = [7, 8, 9, 10]
+    alone = [
+        texts(generate_batch(model, [prompt], 20, sampling, [seed], cache=False), 1)[0][0]
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    # The longest outgrows the window of 12 at once, the shortest near the end: both ways of reading are mixed.
+    assert texts(generate_batch(model, PROMPTS, 20, sampling, seeds, cache=cache), 4) == (alone, ["length"] * 4)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_texts_of_a_batch_end_one_by_one(cache):
+    model = peaked(sequence_length=40, seed=3).double()
+    whole, _ = texts(generate_batch(model, PROMPTS, 20, Sampling(), cache=False), 4)
+    ends = {whole[0][3], whole[1][9], whole[2][0]}
+
+    def stop(prompt, token):
+        return prompt == 3 and token == whole[3][5]
+
+    places = [min([text.index(end) for end in ends if end in text], default=20) for text in whole]
+    reasons = ["end" if place < 20 else "length" for place in places]
+    stopped = whole[3].index(whole[3][5]) + 1
+    if stopped <= places[3]:
+        places[3], reasons[3] = stopped, "stop"
+    wanted = [text[:place] for text, place in zip(whole, places, strict=True)]
+    assert reasons[2] == "end" and not wanted[2]
+    found = generate_batch(model, PROMPTS, 20, Sampling(), end_tokens=ends, stop=stop, cache=cache)
+    assert texts(found, 4) == (wanted, reasons)
+
+
+class Counting(nn.Module):
+    """A Model as small as the Protocol allows, without caches: each token is followed by the next number."""
+
+    vocab_size = 37
+    sequence_length = 8
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(37).roll(1, 1))
+        self.head = nn.Identity()
+        self.rows = []
+
+    def forward(self, tokens_BT):
+        self.rows.append(tokens_BT.shape)
+        return self.table[tokens_BT]
+
+
+def test_any_model_of_the_protocol_serves():
+    model = Counting()
+    found, _ = texts(generate_batch(model, [[3], [30, 31], [5] * 10], 9, Sampling(temperature=0)), 3)
+    assert found == [[(start + n) % 37 for n in range(1, 10)] for start in (3, 31, 5)]
+    assert max(width for _, width in model.rows) == 8
+
+
+def test_a_model_with_caches_reads_each_token_once_and_drops_texts_that_have_ended(monkeypatch):
+    model = peaked(sequence_length=64)
+    read, forward = [], model.forward
+
+    def noting(tokens_BT, *rest, **others):
+        read.append(tuple(tokens_BT.shape))
+        return forward(tokens_BT, *rest, **others)
+
+    monkeypatch.setattr(model, "forward", noting)
+    list(generate(model, [1, 2, 3], 10))
+    assert read == [(1, 3)] + [(1, 1)] * 9
+    read.clear()
+    list(generate_batch(model, PROMPTS, 8, stop=lambda prompt, token: prompt > 1))
+    # Two of four ended with their first token.
+    assert read[0] == (4, 12) and read[-1] == (2, 1) and sum(width > 1 for _, width in read) == 2
+
+
+def test_a_batch_equals_transformers_greedy_text():
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = gpt2_pair(transformers)
+    longest = max(map(len, PROMPTS))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    wanted = theirs.generate(
+        padded, attention_mask=seen, max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert texts(generate_batch(ours, PROMPTS, 15, Sampling(temperature=0)), 4)[0] == wanted[:, longest:].tolist()
+
+
+def test_repetition_penalty_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = gpt2_pair(transformers)
+    prompt = PROMPTS[0]
+    wanted = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, repetition_penalty=1.8, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    found = list(generate(ours, prompt, 20, temperature=0, repetition_penalty=1.8))
+    assert found == wanted[0, len(prompt) :].tolist()
+    assert found != list(generate(ours, prompt, 20, temperature=0))
+
+
+def test_training_goes_on_after_generation():
+    model = peaked(query_key_norm="head")
+    list(generate(model, [1, 2], 4))
+    tokens = torch.tensor([[1, 2, 3]])
+    model.head(model(tokens)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_ends_before_the_end_of_document_and_leaves_the_model_as_it_was():
@@ -161,6 +232,8 @@ def test_ends_before_the_end_of_document_and_leaves_the_model_as_it_was():
     stream.close()
     assert model.training
     assert list(generate(model, [1, 2], 0)) == []
+    assert list(generate_batch(model, [[1], [2]], 0)) == [NewToken(0, None, "length"), NewToken(1, None, "length")]
+    assert list(generate_batch(model, [], 5)) == []
 
 
 @pytest.mark.parametrize(
@@ -175,11 +248,20 @@ def test_ends_before_the_end_of_document_and_leaves_the_model_as_it_was():
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"min_p": 2.0}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
     ],
 )
 def test_wrong_arguments_are_refused_at_the_call(arguments, message):
     with pytest.raises(ConfigError, match=message):
         generate(**{"model": decoder(**TINY), "tokens": [1], "max_new_tokens": 3} | arguments)
+
+
+def test_a_prompt_that_is_wrong_is_named():
+    with pytest.raises(ConfigError, match="prompt 2 has no token"):
+        generate_batch(decoder(**TINY), [[1], []], 3)
+    with pytest.raises(ConfigError, match="2 prompts and 1 seeds"):
+        generate_batch(decoder(**TINY), [[1], [2]], 3, seeds=[1])
 
 
 def test_damaged_weights_are_reported():
