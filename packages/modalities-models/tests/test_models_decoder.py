@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Loss, Model
 from modalities_models.components import COMPONENTS
-from modalities_models.decoder import Decoder, TiedHead, decoder
+from modalities_models.decoder import Decoder, decoder
+from modalities_models.head import TiedHead
 from modalities_models.initialization import Initialization, Llama, Plain, Scaled
 from modalities_models.losses import CrossEntropy
 from modalities_models.nn.rope import rotate, rotation

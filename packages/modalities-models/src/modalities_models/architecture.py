@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from modalities_core.errors import ConfigError
-from modalities_models.nn.feedforward import GATED, Activation, FeedForward
+from modalities_models.nn.feedforward import GATED, Activation, FeedForward, FeedForwardShape
 from modalities_models.nn.rope_scaling import RopeScaling
 
 Norm = Literal["rms", "layer"]
@@ -154,6 +154,11 @@ class Architecture:
     def stored_vocab_size(self) -> int:
         """Rows of the embedding and of the head: ``vocab_size`` rounded up to ``vocab_multiple``."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def feedforward_shape(self) -> FeedForwardShape:
+        """What the blocks' feed-forwards are built from."""
+        return FeedForwardShape(self.hidden_size, self.intermediate_size, self.activation, self.bias)
 
     def window(self, layer: int) -> int | None:
         """How many tokens block ``layer``, from 0, sees, the present one included; None is all."""

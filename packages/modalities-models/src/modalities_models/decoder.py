@@ -23,55 +23,16 @@ from torch.nn import functional as F
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import ParallelPlan
 from modalities_models.architecture import Architecture
+from modalities_models.head import Head, LinearHead, TiedHead
 from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
-from modalities_models.nn.attention import Attention
+from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
-from modalities_models.nn.feedforward import FeedForward, FeedForwardShape, dense
-from modalities_models.nn.masks import Mask, causal, positions
+from modalities_models.nn.feedforward import FeedForward
+from modalities_models.nn.masks import causal, positions
 from modalities_models.nn.norms import RMSNorm, norm
-from modalities_models.nn.rope import Rotation, rotation
+from modalities_models.nn.rope import rotation
 from modalities_models.nn.rope_scaling import RopeScaling
 from modalities_models.presets import resolve
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
-
-    def __init__(self, architecture: Architecture, layer: int) -> None:
-        super().__init__()
-        a = architecture
-        self.attention_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
-        self.attention = Attention(a, layer)
-        self.feedforward_norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
-        self.feedforward = dense(FeedForwardShape(a.hidden_size, a.intermediate_size, a.activation, a.bias))
-        self.dropout = a.dropout
-
-    def forward(
-        self, hidden_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        mixed_BTD = self.attention(self.attention_norm(hidden_BTD), rotation, mask, cache)
-        hidden_BTD = hidden_BTD + self._drop(mixed_BTD)
-        return hidden_BTD + self._drop(self.feedforward(self.feedforward_norm(hidden_BTD)))
-
-    def _drop(self, hidden: Tensor) -> Tensor:
-        return F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
-
-
-class TiedHead(nn.Module):
-    """A head that reads the embedding's weight when called and owns no parameter.
-
-    So it stays tied through construction on the meta device, ``to_empty``, casting, copying and sharding.
-    """
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        # In a tuple, where nn.Module does not look: a second registration would store the weight twice.
-        self._embedding = (embedding,)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) to logits (..., V)."""
-        return F.linear(hidden, self._embedding[0].weight)
 
 
 class Decoder(nn.Module):
@@ -96,14 +57,12 @@ class Decoder(nn.Module):
         device = torch.get_default_device()
         # Always built without storage, so that nothing is filled twice and no value can live outside a parameter.
         with torch.device("meta"):
-            self.embedding = _embedding(a.vocab_size, a.hidden_size)
+            self.embedding = _embedding(a.stored_vocab_size, a.hidden_size)
             absolute = a.positions == "absolute"
             self.positions = _embedding(a.sequence_length, a.hidden_size) if absolute else None
             self.blocks = nn.ModuleList([Block(a, layer) for layer in range(a.layers)])
             self.norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
-            self.head: nn.Module = (
-                TiedHead(self.embedding) if a.tied_embeddings else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
-            )
+            self.head: Head = _head(a, self.embedding)
         # Noted now, because wrappers around modules may rename or shard parameters later.
         self._roles = {name: (tuple(parameter.shape), _role(self, name)) for name, parameter in self.named_parameters()}
         if device.type != "meta":
@@ -144,10 +103,12 @@ class Decoder(nn.Module):
             causal(tokens_BT, start, segments_BT, padding_B),
             positions(tokens_BT, start, segments_BT, padding_B),
         )
+        a = self.architecture
         hidden_BTD = self.embedding(tokens_BT)
+        if a.embedding_multiplier != 1.0:
+            hidden_BTD = hidden_BTD * a.embedding_multiplier
         if self.positions is not None:
             hidden_BTD = hidden_BTD + self.positions(places)
-        a = self.architecture
         if a.dropout and self.training:
             hidden_BTD = F.dropout(hidden_BTD, a.dropout)
         turned = None
@@ -172,8 +133,14 @@ class Decoder(nn.Module):
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank."""
+        a = self.architecture
         for name, (shape, role) in self._roles.items():
-            yield name, initial_value(name, shape, role, self.initialization, self.seed)
+            if role.kind in ("embedding", "head"):
+                # Padding is zero, and what is drawn for the other rows does not depend on it.
+                drawn = initial_value(name, (a.vocab_size, a.hidden_size), role, self.initialization, self.seed)
+                yield name, F.pad(drawn, (0, 0, 0, shape[0] - a.vocab_size))
+            else:
+                yield name, initial_value(name, shape, role, self.initialization, self.seed)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
@@ -193,6 +160,13 @@ class Decoder(nn.Module):
 def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
     # torch's own initialisation on the meta device would load its compiler, which takes a second.
     return nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
+
+
+def _head(architecture: Architecture, embedding: nn.Embedding) -> Head:
+    a = architecture
+    if a.tied_embeddings:
+        return TiedHead(embedding, a.vocab_size, a.logit_multiplier, a.logit_softcap)
+    return LinearHead(a.stored_vocab_size, a.hidden_size, a.vocab_size, a.logit_multiplier, a.logit_softcap)
 
 
 def _role(model: Decoder, name: str) -> Role:
