@@ -81,7 +81,7 @@ def test_in_memory_gives_the_same(folder, content) -> None:
     for ours, theirs in zip(dataset.gather(indices), packed.gather(indices), strict=True):
         assert np.array_equal(ours, theirs)
     plain = InMemoryDataset(tokens, 40)
-    assert plain.gather(indices)[1:] == (None, None)
+    assert plain.gather(indices)[1:] == (None, None, None)
     assert plain.fingerprint != dataset.fingerprint != InMemoryDataset(tokens[1:], 40).fingerprint
 
 
@@ -182,7 +182,7 @@ def test_best_fit_holds_every_document_once(folder, content, length) -> None:
     starts = np.cumsum([0, *map(len, documents)])
     samples = dataset.gather(np.arange(len(dataset)))
     pieces: dict[tuple[int, ...], int] = {}
-    for tokens, weights, segments in zip(*samples, strict=True):
+    for tokens, weights, segments in zip(*samples[:3], strict=True):
         of_tokens = np.r_[segments, segments[-1]]  # the last target's segment shows in its weight only
         cuts = np.flatnonzero(np.diff(of_tokens)) + 1
         assert np.array_equal(np.diff(of_tokens)[cuts - 1], np.ones(len(cuts)))
@@ -198,7 +198,7 @@ def test_best_fit_holds_every_document_once(folder, content, length) -> None:
     again = BestFitDataset(folder, length)
     assert again.fingerprint == dataset.fingerprint != PackedDataset(folder, length).fingerprint
     order = np.random.default_rng(3).permutation(len(dataset))
-    for ours, theirs in zip(samples, again.gather(order), strict=True):
+    for ours, theirs in zip(samples[:3], again.gather(order)[:3], strict=True):
         assert np.array_equal(ours[order], theirs)
 
 

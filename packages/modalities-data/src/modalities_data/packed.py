@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import mmap
-import os
+import sys
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from stat import S_ISREG
 
 import numpy as np
 import xxhash
 
 from modalities_core.errors import DataError
 from modalities_core.files import checksum
-from modalities_data.disk import as_user_error, user_errors
 from modalities_data.manifest import Manifest, Shard, read_manifest
+from modalities_data.mapping import mappable, mapped
 from modalities_data.megatron_index import Index, read_index
 from modalities_data.packed_writer import CHECKSUM_BLOCK, ShardWriter, writing_shard
+from modalities_data.rows import Rows
+from modalities_data.sizes import SizeCheck
 
 __all__ = ["CHECKSUM_BLOCK", "PackedFolder", "ShardWriter", "problems", "verify", "writing_shard"]
 
 
-def _mappable() -> int:
-    """How many files may stay mapped: each costs a file descriptor, of which other code needs some too."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 256
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 16_384 if soft == resource.RLIM_INFINITY else min(16_384, max(64, soft // 4))
-
-
-OPEN_SHARDS = _mappable()
+OPEN_SHARDS = mappable()
 ENDS_BYTES = 256 << 20
 """How much memory document ends may take, eight bytes each; with more documents they are read from the files."""
+FILES_AT_ONCE = 8192
+"""For how many files the start of a run waits; the sizes of any others are checked while it goes on."""
 
 
 class PackedFolder:
@@ -44,10 +36,12 @@ class PackedFolder:
 
     Args:
         folder: with its manifest.json.
+        at_once: how many files' sizes to check before it counts as open; ``raise_damage`` tells of the others, and each
+            is checked when it is mapped. All by default.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read the manifest and check that every file is there and has its size.
+    def __init__(self, folder: Path, at_once: int | None = None) -> None:
+        """Read the manifest and check that the files are there and have their sizes.
 
         Raises:
             DataError: a file is missing, or is not what the manifest says.
@@ -56,14 +50,16 @@ class PackedFolder:
         self.manifest: Manifest = read_manifest(self.folder)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         for shard in self.manifest.shards:
-            self._check_sizes(shard)
+            self._check_counts(shard)
+        self._sizes = SizeCheck(self.folder, self.manifest.shards, sys.maxsize if at_once is None else at_once)
         self._mapped: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
         self._indices: OrderedDict[int, Index] = OrderedDict()
         self._ends: np.ndarray | None = None
         self._lock = threading.Lock()
         self._document_ends = np.cumsum([shard.documents for shard in self.manifest.shards], dtype=np.int64)
 
-    def _check_sizes(self, shard: Shard) -> None:
+    def _check_counts(self, shard: Shard) -> None:
+        """Refuse a shard whose own numbers contradict each other."""
         if shard.bytes != shard.tokens * self.dtype.itemsize:
             raise DataError(
                 f"{self.folder / 'manifest.json'}: shard {shard.name} has {shard.tokens} tokens of "
@@ -74,16 +70,27 @@ class PackedFolder:
             origins is not None and origins.bytes != 4 * shard.documents
         ):
             raise DataError(f"{self.folder / 'manifest.json'}: a sidecar of shard {shard.name} has not its size")
-        for name, expected in shard.files().items():
-            path = f"{self.folder}{os.sep}{name}"  # thousands of shards: Path objects would take most of the time
-            try:
-                status = os.stat(path)
-            except FileNotFoundError:
-                raise DataError(f"{path} is missing; the manifest expects {expected} bytes") from None
-            except OSError as error:
-                raise as_user_error(error, path) from error
-            if status.st_size != expected or not S_ISREG(status.st_mode):
-                raise DataError(f"{path}: the manifest expects {expected} bytes, the file has {status.st_size}")
+
+    def raise_damage(self) -> None:
+        """Tell of files that turned out to be damaged since the folder was opened.
+
+        Raises:
+            DataError: one is missing, or is not what the manifest says.
+        """
+        self._sizes.raise_found()
+
+    def rows(self, step: int, width: int) -> Rows:
+        """The tokens of all shards as one long row, cut into rows of ``width`` that begin every ``step`` tokens."""
+        return self._rows(step, width, self.dtype, self.tokens)
+
+    def mask_rows(self, step: int, width: int) -> Rows:
+        """The same rows of which tokens count as targets, uint8 of 0 and 1."""
+        return self._rows(step, width, np.dtype("u1"), self.mask)
+
+    def _rows(self, step: int, width: int, dtype: np.dtype, stored: Callable[[int], np.ndarray | None]) -> Rows:
+        shards = self.manifest.shards
+        files = len(shards) + sum(shard.mask is not None for shard in shards)
+        return Rows([shard.tokens for shard in shards], step, width, dtype, stored, keep=files <= OPEN_SHARDS)
 
     def tokens(self, number: int) -> np.ndarray:
         """All tokens of a shard, (tokens,) read-only, mapped into memory."""
@@ -181,9 +188,8 @@ class PackedFolder:
         return self.tokens(shard)[start : start + int(index.lengths[place])]
 
     def _map(self, number: int, suffix: str) -> memoryview:
-        path = self.folder / f"{self.manifest.shards[number].name}.{suffix}"
-        with user_errors(path), path.open("rb") as stream:
-            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        name = f"{self.manifest.shards[number].name}.{suffix}"
+        return mapped(self.folder / name, self.manifest.shards[number].files()[name])
 
 
 def problems(folder: Path, on_progress: Callable[[int, int, int], None] = lambda *now: None) -> Iterator[str]:

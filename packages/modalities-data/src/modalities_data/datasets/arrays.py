@@ -9,24 +9,13 @@ import numpy as np
 import xxhash
 
 from modalities_core.errors import ConfigError
+from modalities_data.rows import checked as checked
 
 
 def windows(tokens: np.ndarray, width: int) -> np.ndarray:
     """(len - width + 1, width): every piece of ``width`` tokens, as a view; indexing it is the fastest gather."""
     step = tokens.strides[0]
     return np.ndarray((len(tokens) - width + 1, width), tokens.dtype, tokens.data, 0, (step, step))
-
-
-def checked(indices: np.ndarray, samples: int) -> np.ndarray:
-    """``indices`` as int64.
-
-    Raises:
-        IndexError: one is not in [0, samples).
-    """
-    indices = np.asarray(indices, np.int64)
-    if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < samples:
-        raise IndexError(f"sample indices are in [0, {samples}), found {indices.min()} to {indices.max()}")
-    return indices
 
 
 def check_length(owner: object, sequence_length: int) -> None:
@@ -48,6 +37,32 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """``starts[0], starts[0] + 1, ...`` for ``counts[0]`` numbers, and so on: all ranges back to back."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def segments_between(ends: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """The number of each input's document within its sample, for samples of consecutive tokens.
+
+    Args:
+        ends: (documents,) int64, behind the last token of each, in order.
+        starts: (N,) int64, the first token of each sample.
+        length: T.
+
+    Returns:
+        (N, T) int32, rising from 0 in each row.
+    """
+    samples = len(starts)
+    first = ends.searchsorted(starts, "right")
+    counts = ends.searchsorted(starts + (length - 1), "right") - first + 1
+    rows = np.arange(samples).repeat(counts)
+    begins = counts.cumsum() - counts
+    numbers = np.arange(len(rows)) - begins[rows]
+    # Where each document begins in all samples back to back; a row's first one with the row.
+    edges = np.empty(len(rows) + 1, np.int64)
+    edges[-1] = samples * length
+    places = np.arange(samples) * length
+    np.add(ends[(first - 1)[rows] + numbers], (places - starts)[rows], out=edges[:-1])
+    edges[begins] = places
+    return numbers.astype(np.int32).repeat(edges[1:] - edges[:-1]).reshape(samples, length)
 
 
 def segments(boundaries: np.ndarray, samples: int, length: int) -> np.ndarray:

@@ -12,12 +12,10 @@ import numpy as np
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Samples
-from modalities_data.datasets.arrays import check_length, checked, fingerprint, ranges, segments, windows
-from modalities_data.packed import PackedFolder
+from modalities_data.datasets.arrays import check_length, fingerprint, ranges, segments, segments_between
+from modalities_data.packed import FILES_AT_ONCE, PackedFolder
 
 Documents = Literal["joined", "separate"]
-FEW = 6
-"""Samples of one shard from which a strided view pays off over slices."""
 
 
 class PackedDataset:
@@ -47,7 +45,7 @@ class PackedDataset:
         check_length(self, sequence_length)
         if documents not in get_args(Documents):
             raise ConfigError(f"documents is joined or separate, not {documents!r}", about=(self, "documents"))
-        self._packed = PackedFolder(Path(path))
+        self._packed = PackedFolder(Path(path), FILES_AT_ONCE)
         manifest = self._packed.manifest
         if manifest.tokens <= sequence_length:
             raise DataError(
@@ -61,82 +59,42 @@ class PackedDataset:
         kind = "packed" if documents == "joined" else "packed separate"
         self.fingerprint = fingerprint(kind, manifest.fingerprint, sequence_length)
         self._separate = documents == "separate"
-        self._masked = any(shard.mask is not None for shard in manifest.shards)
+        self._tokens = self._packed.rows(sequence_length, sequence_length + 1)
+        masked = any(shard.mask is not None for shard in manifest.shards)
+        self._masks = self._packed.mask_rows(sequence_length, sequence_length + 1) if masked else None
         self._ends = np.cumsum([shard.tokens for shard in manifest.shards], dtype=np.int64)
         self._begins = np.concatenate([[0], self._ends[:-1]])
 
     def __len__(self) -> int:
         """Whole samples; the tokens of a last, shorter one are left out."""
-        return (int(self._ends[-1]) - 1) // self.sequence_length
+        return len(self._tokens)
 
     def gather(self, indices: np.ndarray) -> Samples:
         """The samples at ``indices``: tokens (N, T + 1), uint16 or int32 as stored.
 
         Raises:
             IndexError: an index is not in [0, len).
-            DataError: a token id is larger than the manifest says, so the file is damaged.
+            DataError: a file has not the size the manifest says, or a token id is larger than it says.
         """
-        starts = checked(indices, len(self)) * self.sequence_length
-        shards = np.searchsorted(self._ends, starts, side="right")
-        tokens = self._rows(starts, shards, mask=False)
+        indices = np.asarray(indices, np.int64)
+        self._packed.raise_damage()
+        tokens = self._tokens.gather(indices)
         check_ids(self._packed, tokens)
-        weights = self._rows(starts, shards, mask=True)[:, 1:].astype(np.float32) if self._masked else None
-        return Samples(tokens, weights, self._segments(starts, shards) if self._separate else None)
+        weights = None if self._masks is None else self._masks.gather(indices)[:, 1:].astype(np.float32)
+        return Samples(tokens, weights, self._segments(indices * self.sequence_length) if self._separate else None)
 
-    def _stored(self, shard: int, mask: bool) -> np.ndarray | None:
-        """The tokens of a shard, or which of them count; None where all do."""
-        return self._packed.mask(shard) if mask else self._packed.tokens(shard)
-
-    def _rows(self, starts: np.ndarray, shards: np.ndarray, mask: bool) -> np.ndarray:
-        """(N, T + 1): the stored values from each start on."""
-        width = self.sequence_length + 1
-        inside = starts + width <= self._ends[shards]
-        places = starts - self._begins[shards]
-        groups = _groups(shards)
-        if len(groups) == 1 and inside.all() and (stored := self._stored(int(shards[0]), mask)) is not None:
-            return windows(stored, width)[places]
-        result = np.empty((len(starts), width), np.uint8 if mask else self._packed.dtype)
-        one_by_one = [np.flatnonzero(~inside)]
-        for rows in groups:
-            if len(rows) < FEW:
-                one_by_one.append(rows[inside[rows]])
-                continue
-            rows = rows if inside[rows].all() else rows[inside[rows]]
-            stored = self._stored(int(shards[rows[0]]), mask) if len(rows) else None
-            if stored is None:
-                result[rows] = 1
-            else:
-                result[rows] = windows(stored, width)[places[rows]]
-        rows = np.concatenate(one_by_one)
-        for row, shard, place in zip(rows.tolist(), shards[rows].tolist(), places[rows].tolist(), strict=True):
-            self._copy(shard, place, result[row], mask)
-        return result
-
-    def _copy(self, shard: int, place: int, row: np.ndarray, mask: bool) -> None:
-        """Fill ``row`` with the values from ``place`` of ``shard`` on, from as many shards as it takes."""
-        filled, width = 0, len(row)
-        while filled < width:
-            stored = self._stored(shard, mask)
-            count = min(width - filled, self._packed.manifest.shards[shard].tokens - place)
-            row[filled : filled + count] = 1 if stored is None else stored[place : place + count]
-            filled += count
-            shard, place = shard + 1, 0
-
-    def _segments(self, starts: np.ndarray, shards: np.ndarray) -> np.ndarray:
+    def _segments(self, starts: np.ndarray) -> np.ndarray:
         """(N, T) int32: from the document index, so an end-of-document id inside a text is no boundary."""
-        length = self.sequence_length
-        shift = np.arange(len(starts)) * length - starts
         document_ends = self._packed.document_ends()
         if document_ends is None:
-            return segments(self._boundaries(starts, shards, shift), len(starts), length)
-        first = np.searchsorted(document_ends, starts, side="right")
-        counts = np.searchsorted(document_ends, starts + (length - 1), side="right") - first
-        ends = document_ends[ranges(first, counts)]
-        return segments(ends + np.repeat(shift, counts), len(starts), length)
+            return segments(self._boundaries(starts), len(starts), self.sequence_length)
+        return segments_between(document_ends, starts, self.sequence_length)
 
-    def _boundaries(self, starts: np.ndarray, shards: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    def _boundaries(self, starts: np.ndarray) -> np.ndarray:
         """Where further documents begin, read from the files, shard by shard."""
         length = self.sequence_length
+        shards = np.searchsorted(self._ends, starts, side="right")
+        shift = np.arange(len(starts)) * length - starts
         found = [np.empty(0, np.int64)]
         for rows in _groups(shards):
             shard = int(shards[rows[0]])
@@ -166,8 +124,12 @@ def check_ids(packed: PackedFolder, tokens: np.ndarray) -> None:
     Raises:
         DataError: a token id is larger than the manifest says.
     """
-    if tokens.size and (largest := int(tokens.max())) > packed.manifest.largest_id:
+    flat = tokens.reshape(-1)
+    # Without its sign a negative id is a huge one, so one pass finds both.
+    unsigned = flat.view(f"u{flat.itemsize}")
+    if flat.size and int(np.maximum.reduce(unsigned)) > packed.manifest.largest_id:
         raise DataError(
-            f"{packed.folder}: found token id {largest}, the manifest says at most {packed.manifest.largest_id}",
+            f"{packed.folder}: found token id {flat[unsigned.argmax()]}, "
+            f"the manifest says at most {packed.manifest.largest_id}",
             hint="the folder is damaged: see `modalities-data verify`",
         )
