@@ -13,7 +13,7 @@ import pytest
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_data import packed, packed_writer, verification
-from modalities_data.datasets import BestFitDataset
+from modalities_data.datasets import BestFitDataset, PackedDataset
 from modalities_data.packed import PackedFolder, problems
 from modalities_data.verification import Verification, check_stretch, stretches
 
@@ -100,7 +100,7 @@ def test_a_flipped_byte_is_found_in_any_file(folder, number, in_background) -> N
     assert list(problems(folder)) and owner
 
 
-@pytest.mark.parametrize("kind", [BestFitDataset])
+@pytest.mark.parametrize("kind", [PackedDataset, BestFitDataset])
 def test_datasets_stop_at_the_first_samples_of_a_small_folder(folder, kind) -> None:
     sound = kind(folder, 16)
     assert len(sound.gather(np.arange(3)).tokens) == 3

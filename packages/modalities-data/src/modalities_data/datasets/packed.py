@@ -13,9 +13,13 @@ import numpy as np
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Samples
 from modalities_data.datasets.arrays import check_length, fingerprint, ranges, segments, segments_between
+from modalities_data.datasets.documents import documents_between
 from modalities_data.packed import FILES_AT_ONCE, PackedFolder
+from modalities_data.rows import checked
+from modalities_data.verification import Verification, Verify
 
 Documents = Literal["joined", "separate"]
+UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 class PackedDataset:
@@ -28,6 +32,10 @@ class PackedDataset:
         sequence_length: target tokens per sample.
         documents: ``joined``: a sample is one text, attention and positions run across the documents in it;
             ``separate``: samples tell where documents begin, so that a model keeps them apart. The tokens are the same.
+        start: take only the documents that begin from this fraction of the tokens on, from 0.0.
+        end: and before this one, up to 1.0; parts that meet share no document, such as what is held out and the rest.
+        verify: ``background``: check every checksum once, beside the work, and stop at the next samples if one is
+            wrong; ``none``: leave that to the command of this name.
     """
 
     sequence_length: int
@@ -35,11 +43,20 @@ class PackedDataset:
     fingerprint: str
     bytes_per_token: float | None
 
-    def __init__(self, path: Path, sequence_length: int, documents: Documents = "joined") -> None:
+    def __init__(
+        self,
+        path: Path,
+        sequence_length: int,
+        documents: Documents = "joined",
+        start: float = 0.0,
+        end: float = 1.0,
+        verify: Verify = "background",
+    ) -> None:
         """Open the folder and check the sizes of its files.
 
         Raises:
-            ConfigError: the sequence length is not positive, or ``documents`` is neither of its choices.
+            ConfigError: the sequence length is not positive, ``documents`` or ``verify`` is none of its choices, or no
+                document begins between ``start`` and ``end``.
             DataError: the folder is damaged, or has too few tokens for one sample.
         """
         check_length(self, sequence_length)
@@ -53,11 +70,25 @@ class PackedDataset:
                 hint="pack more text, or choose a shorter sequence_length",
                 about=(self, "sequence_length"),
             )
+        part = documents_between(self._packed, start, end, self)
+        # Samples are those of the whole; one that holds a token of a document of another part is in neither.
+        self._first = -(-part.first_token // sequence_length)
+        self._count = max(0, (part.behind_token - 1) // sequence_length - self._first)
+        self._whole = (part.first_token, part.behind_token) == (0, manifest.tokens)
+        if not self._count:
+            raise DataError(
+                f"{path} has {part.behind_token - part.first_token} tokens between the fractions {start} and {end}, "
+                f"which hold no sample of {sequence_length + 1}",
+                hint="take a larger part, or choose a shorter sequence_length",
+                about=(self, "end"),
+            )
         self.sequence_length = sequence_length
         self.largest_id = manifest.largest_id
         self.bytes_per_token = manifest.text_bytes / manifest.tokens or None  # 0: converted, unknown
         kind = "packed" if documents == "joined" else "packed separate"
-        self.fingerprint = fingerprint(kind, manifest.fingerprint, sequence_length)
+        content = manifest.fingerprint if self._whole else f"{manifest.fingerprint} {self._first} {self._count}"
+        self.fingerprint = fingerprint(kind, content, sequence_length)
+        self._verification = Verification(self._packed, verify, self)
         self._separate = documents == "separate"
         self._tokens = self._packed.rows(sequence_length, sequence_length + 1)
         masked = any(shard.mask is not None for shard in manifest.shards)
@@ -67,17 +98,18 @@ class PackedDataset:
 
     def __len__(self) -> int:
         """Whole samples; the tokens of a last, shorter one are left out."""
-        return len(self._tokens)
+        return self._count
 
     def gather(self, indices: np.ndarray) -> Samples:
         """The samples at ``indices``: tokens (N, T + 1), uint16 or int32 as stored.
 
         Raises:
             IndexError: an index is not in [0, len).
-            DataError: a file has not the size the manifest says, or a token id is larger than it says.
+            DataError: a file has not the size or the checksum the manifest says, or a token id is larger than it says.
         """
-        indices = np.asarray(indices, np.int64)
+        indices = np.asarray(indices, np.int64) if self._whole else checked(indices, self._count) + self._first
         self._packed.raise_damage()
+        self._verification.check()
         tokens = self._tokens.gather(indices)
         check_ids(self._packed, tokens)
         weights = None if self._masks is None else self._masks.gather(indices)[:, 1:].astype(np.float32)
@@ -126,7 +158,7 @@ def check_ids(packed: PackedFolder, tokens: np.ndarray) -> None:
     """
     flat = tokens.reshape(-1)
     # Without its sign a negative id is a huge one, so one pass finds both.
-    unsigned = flat.view(f"u{flat.itemsize}")
+    unsigned = flat.view(UNSIGNED[flat.itemsize])
     if flat.size and int(np.maximum.reduce(unsigned)) > packed.manifest.largest_id:
         raise DataError(
             f"{packed.folder}: found token id {flat[unsigned.argmax()]}, "
