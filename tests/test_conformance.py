@@ -31,6 +31,10 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "world.auto": ("{component: world.auto}", interfaces.World),
     "model.decoder": (NANO, interfaces.Model),
     "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),
+    "feedforward.mixture_of_experts": (
+        "{component: feedforward.mixture_of_experts, experts: 4, experts_per_token: 2, intermediate_size: 32}",
+        None,
+    ),
     "rope_scaling.linear": ("{component: rope_scaling.linear, factor: 2}", None),
     "rope_scaling.ntk": ("{component: rope_scaling.ntk, original_length: 64}", None),
     "rope_scaling.yarn": ("{component: rope_scaling.yarn, factor: 4, original_length: 64}", None),

@@ -113,6 +113,8 @@ class Architecture:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}", about=(None, name)
                 )
+        if self.feedforward is not None:
+            self.feedforward.check(self.layers)
         self._check_attention()
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout}", about=(None, "dropout"))

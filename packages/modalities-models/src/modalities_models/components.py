@@ -9,5 +9,6 @@ COMPONENTS: dict[str, str] = {
     "rope_scaling.ntk": "modalities_models.nn.rope_scaling:Ntk",
     "rope_scaling.yarn": "modalities_models.nn.rope_scaling:Yarn",
     "rope_scaling.llama3": "modalities_models.nn.rope_scaling:Llama3",
+    "feedforward.mixture_of_experts": "modalities_models.nn.mixture_of_experts:MixtureOfExperts",
     "loss.cross_entropy": "modalities_models.losses:CrossEntropy",
 }

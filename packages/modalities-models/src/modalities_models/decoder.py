@@ -1,11 +1,17 @@
-"""A pre-norm decoder: tokens to hidden states, and the head that turns them into logits.
+"""A decoder: tokens to hidden states, and the head that turns them into logits.
 
 Parameter names (N counts from 0):
     embedding.weight (V, D); positions.weight (longest T, D) for absolute positions
-    blocks.N.attention_norm, blocks.N.attention.{query,key,value,output}[, query_norm, key_norm]
-    blocks.N.feedforward_norm, blocks.N.feedforward.{gate,up,down} or {up,down}
+    blocks.N.attention_norm unless the norms stand after, blocks.N.attention_output_norm unless they stand before
+    blocks.N.attention.{query,key,value,output}[, query_norm, key_norm]
+    blocks.N.feedforward_norm, blocks.N.feedforward_output_norm likewise
+    blocks.N.feedforward.{gate,up,down} or {up,down}
+    of a mixture of E experts, where I is an expert's intermediate size: blocks.N.feedforward.router.weight (E, D),
+        .gate and .up (E, I, D), .down (E, D, I)[, .shared.{gate,up,down}, .shared_gate.weight (1, D)], and the buffer
+        .router.balance (E,)
     norm; head.weight (V, D) unless tied
-Matrices are (out, in) as in ``nn.Linear``; nn/attention.py says how heads lie in them.
+V is rounded up to ``vocab_multiple``. Matrices are (out, in) as in ``nn.Linear``; nn/attention.py says how heads lie
+in them.
 
 Shape suffixes: B batch, T tokens, D hidden size, V vocabulary size.
 """
@@ -21,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modalities_core.errors import ConfigError
-from modalities_core.interfaces import ParallelPlan
+from modalities_core.interfaces import ParallelPlan, World
 from modalities_models.architecture import Architecture
 from modalities_models.head import Head, LinearHead, TiedHead
 from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
@@ -29,6 +35,7 @@ from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.feedforward import FeedForward
 from modalities_models.nn.masks import causal, positions
+from modalities_models.nn.mixture_of_experts import Router, balance
 from modalities_models.nn.norms import RMSNorm, norm
 from modalities_models.nn.rope import rotation
 from modalities_models.nn.rope_scaling import RopeScaling
@@ -39,7 +46,9 @@ class Decoder(nn.Module):
     """A decoder of any ``Architecture``; satisfies ``modalities_core.interfaces.Model``.
 
     Inside ``torch.device("meta")`` nothing is initialised; anywhere else the constructor fills all parameters from
-    ``initial_values``. Parameters have torch's default dtype. There are no buffers.
+    ``initial_values``. Parameters have torch's default dtype. There are no buffers but those of routers that balance
+    the loads of their experts: ``balance``, float32 and kept in checkpoints, and ``load``, a count that is zero
+    between steps.
 
     Args:
         architecture: all its numbers.
@@ -65,6 +74,7 @@ class Decoder(nn.Module):
             self.head: Head = _head(a, self.embedding)
         # Noted now, because wrappers around modules may rename or shard parameters later.
         self._roles = {name: (tuple(parameter.shape), _role(self, name)) for name, parameter in self.named_parameters()}
+        self._buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
         if device.type != "meta":
             self.to_empty(device=device)
             self._initialise()
@@ -132,7 +142,7 @@ class Decoder(nn.Module):
         return ParallelPlan(blocks=("blocks.*",))
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank."""
+        """Each parameter's and buffer's name and whole initial value, float32 on the CPU; the same on every rank."""
         a = self.architecture
         for name, (shape, role) in self._roles.items():
             if role.kind in ("embedding", "head"):
@@ -141,6 +151,14 @@ class Decoder(nn.Module):
                 yield name, F.pad(drawn, (0, 0, 0, shape[0] - a.vocab_size))
             else:
                 yield name, initial_value(name, shape, role, self.initialization, self.seed)
+        for name, shape in self._buffer_shapes.items():
+            yield name, torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+    def finish_step(self, world: World) -> None:
+        """Even out the experts' loads after an optimizer step; see ``modalities_core.interfaces.FinishesSteps``."""
+        routers = [module for module in self.modules() if isinstance(module, Router) and module.balance is not None]
+        if routers:
+            balance(routers, world)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
@@ -153,8 +171,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         for name, values in self.initial_values():
-            self.get_parameter(name).copy_(values)
+            tensors[name].copy_(values)
 
 
 def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
@@ -179,8 +198,12 @@ def _role(model: Decoder, name: str) -> Role:
         return Role("bias", layer, layers)
     if isinstance(model.get_submodule(owner), RMSNorm | nn.LayerNorm):
         return Role("scale", layer, layers)
-    if owner.endswith(("attention.output", "feedforward.down")):
+    # Experts are parameters themselves, other projections are modules with a weight.
+    part = name.removesuffix(".weight")
+    if part.endswith(("attention.output", "feedforward.down", "feedforward.shared.down")):
         return Role("residual", layer, layers)
+    if part.endswith(("feedforward.router", "feedforward.shared_gate")):
+        return Role("router", layer, layers)
     return Role(kinds.get(owner, "projection"), layer, layers)
 
 

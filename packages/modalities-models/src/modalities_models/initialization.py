@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
 
-Kind = Literal["embedding", "position", "projection", "residual", "head", "scale", "bias"]
+Kind = Literal["embedding", "position", "projection", "residual", "router", "head", "scale", "bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Role:
 
     Args:
         kind: token embedding, position embedding, projection inside a block, projection that writes to the residual
-            stream, output head, norm scale, or bias.
+            stream, product that gates or routes to other parts, output head, norm scale, or bias.
         layer: number of its block, from 1; 0 outside of blocks.
         layers: blocks in the model.
     """
@@ -40,7 +40,10 @@ class Initialization(Protocol):
     """Fills weight matrices. Must use no randomness but the generator's."""
 
     def __call__(self, values: Tensor, role: Role, generator: torch.Generator) -> None:
-        """Fill ``values``, a float32 CPU tensor (out, in), in place; ``role`` is never a scale or a bias."""
+        """Fill ``values``, a float32 CPU tensor (out, in), in place; ``role`` is never a scale or a bias.
+
+        The matrices of several experts come one by one.
+        """
         ...
 
 
@@ -109,7 +112,8 @@ def initial_value(name: str, shape: tuple[int, ...], role: Role, initialization:
 
     Args:
         name: the parameter's qualified name; its random stream depends on it.
-        shape: of the whole parameter.
+        shape: of the whole parameter; of three dimensions the first counts experts, each with a random stream of
+            its own.
         role: what it is for.
         initialization: how weight matrices are filled.
         seed: of the model.
@@ -120,7 +124,11 @@ def initial_value(name: str, shape: tuple[int, ...], role: Role, initialization:
         return torch.zeros(shape, dtype=torch.float32, device="cpu")
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        initialization(values, role, generator_for(seed, name))
+        if len(shape) == 3:
+            for expert, matrix in enumerate(values):
+                initialization(matrix, role, generator_for(seed, f"{name}.{expert}"))
+        else:
+            initialization(values, role, generator_for(seed, name))
     return values
 
 

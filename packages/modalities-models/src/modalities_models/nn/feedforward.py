@@ -78,6 +78,10 @@ class FeedForward(Protocol):
         """How many parameters that module has."""
         ...
 
+    def check(self, layers: int) -> None:
+        """Raise ConfigError if it does not fit a model of ``layers`` blocks."""
+        ...
+
 
 class GatedFeedForward(nn.Module):
     """down(act(gate(x)) * up(x)), arXiv:2002.05202: SwiGLU with SiLU, GeGLU with GELU in its tanh form."""
