@@ -17,6 +17,7 @@ from modalities_data.order import shuffled
 
 torch = pytest.importorskip("torch")
 
+from modalities_data.loading import steps  # noqa: E402
 from modalities_data.loading.batches import HeldOutBatches, InOrderBatches, ShuffledBatches  # noqa: E402
 
 
@@ -292,3 +293,20 @@ def test_on_a_gpu_the_next_micro_batch_is_copied_ahead() -> None:
                         assert tensor.device == device and torch.equal(tensor.cpu(), wanted)
             assert torch.equal(found[-1].tokens_BT.cpu(), host[-1].tokens_BT)
         assert all(tensor.is_pinned() for batch in batches._ahead[1].result() for tensor in (batch.tokens_BT,))
+
+
+@pytest.mark.parametrize("together", [1, 5, 8, 512])
+def test_several_micro_batches_are_read_at_once(monkeypatch, together) -> None:
+    """How many a call reads shows in nothing but the number of calls."""
+    monkeypatch.setattr(steps, "GATHERED_TOGETHER", together)
+    expected = shuffled(np.arange(24, 48), 37, 5)
+    for micro in (2, 3, 12, 24):
+        dataset = Segmented(37, weighted=True)
+        found = ShuffledBatches(dataset, Place(), 24, micro, seed=5)._compute(1)
+        assert len(found) == 24 // micro
+        assert len(dataset.threads) == -(-24 // (micro * max(1, together // micro)))
+        for batch, indices in zip(found, np.split(expected, 24 // micro), strict=True):
+            first = torch.from_numpy(indices)[:, None]
+            assert torch.equal(batch.tokens_BT, first * 10 + torch.arange(4))
+            assert torch.equal(batch.weights_BT, first + torch.arange(4) / 8)
+            assert batch.segments_BT.tolist() == [[0, 0, 1, 1]] * micro

@@ -8,6 +8,7 @@ and a resumed run goes on by arithmetic alone.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import isqrt
 
 import numpy as np
@@ -27,6 +28,7 @@ _HALF = np.uint64(32)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def check_seed(seed: int, about: object | tuple[object, str] | None = None) -> None:
@@ -93,6 +95,7 @@ def permuted(places: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndar
         outside = beyond if isinstance(outside, slice) else outside[beyond]
 
 
+@lru_cache(maxsize=256)
 def _sides(samples: int) -> tuple[int, int]:
     """The sides of the grid: as square as can be, so that fewer than one row lies outside."""
     left = max(SMALLEST_SIDE, isqrt(samples - 1) + 1)
@@ -110,26 +113,31 @@ def _feistel(values: np.ndarray, keys: np.ndarray, sides: tuple[int, int]) -> np
         shift >>= _HALF
         shift *= size
         shift >>= _HALF
-        moved = moved + shift
+        moved += shift
         # Below size nothing is taken off: the difference then wraps round to a huge number.
-        moved = np.minimum(moved, moved - size)
+        np.minimum(moved, moved - size, out=moved)
         moved, fixed = fixed, moved
         size, other = other, size
-    return moved * other + fixed
+    moved *= other
+    moved += fixed
+    return moved
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014) on uint64, modulo 2**64."""
-    values = values ^ (values >> np.uint64(30))
+    values = values ^ (values >> _SHIFT_1)
     values *= _MIX_1
-    values ^= values >> np.uint64(27)
+    values ^= values >> _SHIFT_2
     values *= _MIX_2
-    values ^= values >> np.uint64(31)
+    values ^= values >> _SHIFT_3
     return values
 
 
+@lru_cache(maxsize=256)
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     """(ROUNDS, 1) uint64: SplitMix64 started from a mix of seed and epoch."""
     start = _mix(np.array([seed], np.uint64) + _GOLDEN)
     start = _mix(start ^ (np.array([epoch], np.uint64) * _GOLDEN))
-    return _mix(start + _GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64))[:, None]
+    keys = _mix(start + _GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64))[:, None]
+    keys.flags.writeable = False
+    return keys

@@ -18,12 +18,14 @@ import torch
 import xxhash
 
 from modalities_core.errors import CheckpointError, ConfigError
-from modalities_core.interfaces import Batch, Dataset, World
+from modalities_core.interfaces import Batch, Dataset, Samples, World
 from modalities_core.progress import accumulation
 from modalities_data.loading.tensors import CopiedAhead, as_batch, check_positive
 from modalities_data.order import ORDER_VERSION, check_seed, shuffled
 
 STATE_VERSION = 1
+GATHERED_TOGETHER = 512
+"""Samples asked for at once: what a call costs whatever its size is spread over many, and still little lies twice."""
 
 
 class _StepBatches(ABC):
@@ -106,8 +108,16 @@ class _StepBatches(ABC):
         share = self._accumulation * self._micro_batch_size
         first = step * self.samples_per_step + self._first
         indices = self._order(np.arange(first, first + share, dtype=np.int64))
-        pinned = self._device.type == "cuda"
-        return [as_batch(self._dataset.gather(part), None, pinned) for part in np.split(indices, self._accumulation)]
+        pinned, size = self._device.type == "cuda", self._micro_batch_size
+        together = size * max(1, GATHERED_TOGETHER // size)
+        batches = []
+        for start in range(0, share, together):
+            tokens, *others = self._dataset.gather(indices[start : start + together])
+            for row in range(0, len(tokens), size):
+                rows = slice(row, row + size)
+                part = Samples(tokens[rows], *(None if values is None else values[rows] for values in others))
+                batches.append(as_batch(part, None, pinned))
+        return batches
 
     @abstractmethod
     def _order(self, places: np.ndarray) -> np.ndarray:
