@@ -27,25 +27,41 @@ def case(dtype=torch.float64, weighted=True):
     return hidden, head, Batch(torch.zeros_like(targets), targets, weights)
 
 
-def reference(hidden, head, batch):
+def reference(hidden, head, batch, label_smoothing=0.0, z_loss=0.0):
+    """torch's cross entropy with smoothing, and PaLM's z-loss as it is published, in float64."""
     logits = (hidden.double() @ head.weight.double().T).flatten(0, 1)
-    losses = F.cross_entropy(logits, batch.targets_BT.flatten(), reduction="none")
+    losses = F.cross_entropy(logits, batch.targets_BT.flatten(), reduction="none", label_smoothing=label_smoothing)
+    losses = losses + z_loss * logits.exp().sum(1).log() ** 2
     return losses.sum() if batch.weights_BT is None else (losses * batch.weights_BT.flatten()).sum()
 
 
+@pytest.mark.parametrize(
+    "extra", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.3, "z_loss": 1e-3}]
+)
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("chunk", [None, 1, 4, 7, 21, 100])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_value_and_gradients_equal_torch(weighted, chunk, dtype, tolerance):
+@pytest.mark.parametrize("chunk", [None, 1, 4, 21, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_value_and_gradients_equal_torch(weighted, chunk, dtype, tolerance, extra):
     hidden, head, batch = case(dtype, weighted)
-    wanted = torch.autograd.grad(reference(hidden, head, batch), [hidden, head.weight])
-    loss, tokens = CrossEntropy(chunk)(hidden, head, batch)
+    wanted = torch.autograd.grad(reference(hidden, head, batch, **extra), [hidden, head.weight])
+    loss, tokens = CrossEntropy(chunk, **extra)(hidden, head, batch)
     got = torch.autograd.grad(loss, [hidden, head.weight])
-    assert loss.item() == pytest.approx(reference(hidden, head, batch).item(), rel=tolerance)
+    assert loss.item() == pytest.approx(reference(hidden, head, batch, **extra).item(), rel=tolerance)
     assert tokens.item() == (B * T if batch.weights_BT is None else batch.weights_BT.sum().item())
     assert tokens.dtype == torch.float32 and not tokens.requires_grad
     for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs.to(dtype), rtol=10 * tolerance, atol=10 * tolerance)
+        assert ours.dtype == dtype
+        assert (ours - theirs).norm() <= 10 * tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_what_is_evaluated_is_the_plain_cross_entropy(chunk):
+    hidden, head, batch = case()
+    loss = CrossEntropy(chunk, label_smoothing=0.2, z_loss=1e-2)
+    assert loss.evaluation.chunk_tokens == chunk
+    plain = reference(hidden, head, batch).item()
+    assert loss.evaluation(hidden, head, batch).loss.item() == pytest.approx(plain, rel=1e-13)
+    assert loss(hidden, head, batch).loss.item() > plain + 1
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -118,6 +134,20 @@ def test_a_target_outside_the_vocabulary_is_never_skipped(target, weighted):
         CrossEntropy()(hidden, head, batch)
 
 
-def test_a_chunk_has_at_least_one_token():
-    with pytest.raises(ConfigError, match="at least 1"):
-        CrossEntropy(0)
+@pytest.mark.parametrize("target", [-100, -1, V])
+@pytest.mark.parametrize("weight", [None, 1.0, 0.0])
+def test_a_target_outside_the_vocabulary_is_not_skipped_in_chunks_either(target, weight):
+    hidden, head, batch = case()
+    batch = Batch(batch.tokens_BT, batch.targets_BT, None if weight is None else torch.full((B, T), weight))
+    batch.targets_BT[0, 0] = target
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        CrossEntropy(4)(hidden, head, batch)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"chunk_tokens": 0}, {"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1e-4}, {"z_loss": math.nan}],
+)
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        CrossEntropy(**wrong)
