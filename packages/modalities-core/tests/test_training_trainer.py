@@ -1,5 +1,6 @@
 """The loop against a hand-written one, its checks, and its behaviour when things go wrong."""
 
+import itertools
 import json
 import math
 
@@ -9,11 +10,12 @@ from training_parts import Collector, TinyBatches, TinyHeldOut, TinyModel, Torch
 
 from modalities_core.errors import ConfigError, DistributedError, NumericalError
 from modalities_core.events import CheckpointSaved, Evaluated, RunEnded, RunStarted, StepLogged, Warned
-from modalities_core.interfaces import Batch
+from modalities_core.interfaces import Batch, FinishesSteps
 from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.evaluator import Evaluation
 from modalities_core.training.executor import Plain
 from modalities_core.training.optim import adamw
+from modalities_core.training.parameters import tensor_layout
 from modalities_core.training.schedule import Linear
 from modalities_core.training.trainer import Trainer
 from modalities_core.training.world import Alone
@@ -314,3 +316,38 @@ def test_evaluated_events_only_from_rank_zero(tmp_path):
     loop.run(tmp_path)
     assert sink.of(Evaluated) == []
     assert not (tmp_path / "status.json").exists()
+
+
+def test_a_model_that_finishes_steps_is_told_of_each_after_the_update(tmp_path):
+    class Finishing(TinyModel):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.calls = []
+
+        def finish_step(self, world):
+            self.seen += 1
+            self.calls.append((world, self.head.weight.detach().clone(), self.head.weight.grad))
+
+    model = Finishing()
+    before = model.head.weight.detach().clone()
+    loop, _ = trainer(model, steps=3, checkpoints=Checkpoints(TorchFiles(), every=2))
+    loop.run(tmp_path)
+    assert isinstance(model, FinishesSteps) and not isinstance(TinyModel(), FinishesSteps)
+    assert len(model.calls) == 3 and all(world is loop.world for world, _, _ in model.calls)
+    weights = [before, *(weight for _, weight, _ in model.calls)]
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(weights))
+    assert torch.equal(weights[-1], model.head.weight) and model.calls[0][2] is None
+    again = Finishing()
+    extended, _ = trainer(again, steps=5, checkpoints=Checkpoints(TorchFiles(), every=2))
+    extended.run(tmp_path)
+    assert len(again.calls) == 2 and again.seen == 5, "the checkpoint of step 3 has the buffer"
+
+
+def test_manifests_list_what_checkpoints_keep():
+    model = TinyModel()
+    model.register_buffer("kept", torch.zeros(2))
+    model.register_buffer("scratch", torch.zeros(3), persistent=False)
+    layout = tensor_layout(model)
+    assert layout["kept"] == ([2], "float32") and "scratch" not in layout
+    assert layout.keys() == model.state_dict().keys()

@@ -163,7 +163,8 @@ class ParallelPlan:
 class Model(Protocol):
     """A ``torch.nn.Module`` that turns tokens into hidden states and owns its output head.
 
-    It can be built on the meta device; ``initial_values`` then gives every parameter, whatever the sharding.
+    It can be built on the meta device; ``initial_values`` then gives every parameter and buffer, whatever the
+    sharding. One that changes more than gradients do also has ``finish_step``, see ``FinishesSteps``.
     """
 
     vocab_size: int
@@ -186,11 +187,30 @@ class Model(Protocol):
         ...
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank."""
+        """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank.
+
+        So too for each buffer that is computed on the meta device, persistent or not.
+        """
         ...
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
+        ...
+
+
+@runtime_checkable
+class FinishesSteps(Protocol):
+    """What a model may have besides: a change after each optimizer step that no gradient makes.
+
+    A mixture of experts moves its routers' balance here. Whatever it changes lies in buffers, so that checkpoints
+    have it, and depends on nothing but them and sums over all ranks, so that it is the same for any number of ranks.
+    """
+
+    def finish_step(self, world: World) -> None:
+        """Called by the trainer on every rank after each optimizer step; collective.
+
+        It must not wait for the device: no ``item``, no copy to the host.
+        """
         ...
 
 

@@ -74,6 +74,7 @@ class Decoder(nn.Module):
             self.head: Head = _head(a, self.embedding)
         # Noted now, because wrappers around modules may rename or shard parameters later.
         self._roles = {name: (tuple(parameter.shape), _role(self, name)) for name, parameter in self.named_parameters()}
+        self._balanced = tuple(part for part in self.modules() if isinstance(part, Router) and part.balance is not None)
         self._buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
         if device.type != "meta":
             self.to_empty(device=device)
@@ -156,9 +157,8 @@ class Decoder(nn.Module):
 
     def finish_step(self, world: World) -> None:
         """Even out the experts' loads after an optimizer step; see ``modalities_core.interfaces.FinishesSteps``."""
-        routers = [module for module in self.modules() if isinstance(module, Router) and module.balance is not None]
-        if routers:
-            balance(routers, world)
+        if self._balanced:
+            balance(self._balanced, world)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""

@@ -38,9 +38,11 @@ def on_meta(model: Model) -> bool:
 
 
 def tensor_layout(model: Model) -> dict[str, tuple[list[int], str]]:
-    """Name to global shape and dtype of every parameter and buffer; dtypes as torch names them."""
+    """Name to global shape and dtype of every parameter and persistent buffer; dtypes as torch names them."""
     module = as_module(model)
-    named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    saved = module.state_dict().keys()
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    named |= {name: buffer for name, buffer in module.named_buffers() if name in saved}
     layout = {}
     for name, value in named.items():
         dtype = str(value.dtype).removeprefix("torch.")

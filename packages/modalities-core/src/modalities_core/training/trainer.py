@@ -126,6 +126,7 @@ class Trainer:
     def _train(self, journal: Journal, shelf: Shelf, signals: StopSignals, start: Start, config_hash: str) -> Progress:
         world, executor, optimizer, batches = self.world, self.executor, self.optimizer, self.batches
         parameters = list(as_module(executor.model).parameters())
+        finish_step = getattr(executor.model, "finish_step", None)
         progress = start.progress
         log = StepLog(journal, executor, world, batches, self.steps, self.log_every)
         log.restore(start.state)
@@ -150,6 +151,8 @@ class Trainer:
             learning_rate = set_learning_rates(optimizer, self.peaks, self.schedule(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if finish_step is not None:
+                finish_step(world)
             progress = progress.advanced(batches.samples_per_step, batches.samples_per_step * batches.sequence_length)
             log.after_step(StepTaken(progress, totals, learning_rate))
             with log.stopwatch.excluded():
