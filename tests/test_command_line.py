@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -111,6 +112,23 @@ def test_check_takes_less_than_three_seconds_of_cpu(modalities, small_data: Path
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(spent) < 3
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_run_on_damaged_data_ends_with_code_3(at_once: bool, small_data: Path, tmp_path: Path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    tokens = data / "train" / "00000.bin"
+    content = bytearray(tokens.read_bytes())
+    content[-1000] ^= 1  # still an id that the vocabulary has
+    tokens.write_bytes(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if not at_once:
+        monkeypatch.setattr("modalities_data.verification.AT_ONCE_BYTES", 0)
+    # More steps than it could take before the checksums are known.
+    arguments = ["run", str(write(tmp_path, data)), "--folder", str(tmp_path / "run"), "settings.steps=1000000"]
+    assert guarded(lambda: app(arguments, standalone_mode=False)) == 3
+    assert re.search(r"00000\.bin: block 0, bytes 0 to \d+: expected checksum", capsys.readouterr().err)
 
 
 def test_unknown_commands_and_files(modalities, tmp_path: Path) -> None:
