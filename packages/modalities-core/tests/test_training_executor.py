@@ -7,7 +7,7 @@ import torch
 from training_parts import TinyBatches, TinyModel, summed_cross_entropy
 
 from modalities_core.errors import ConfigError
-from modalities_core.interfaces import Executor, World
+from modalities_core.interfaces import Executor, LossSum, World
 from modalities_core.training.executor import Plain, computes_bf16
 from modalities_core.training.world import Alone
 
@@ -62,6 +62,22 @@ def test_evaluation_has_no_dropout_no_gradients_and_leaves_the_mode():
     assert first.loss.item() == second.loss.item()
     assert model.training
     assert all(value.grad is None for value in model.parameters())
+
+
+def test_what_a_loss_has_for_evaluation_is_reported_and_not_what_it_optimises():
+    class Penalised:
+        evaluation = staticmethod(summed_cross_entropy)
+
+        def __call__(self, hidden_BTD, head, batch):
+            loss, tokens = summed_cross_entropy(hidden_BTD, head, batch)
+            return LossSum(loss + tokens, tokens)
+
+    batch = TinyBatches().micro_batches(0)[0]
+    plain = Plain(TinyModel(), summed_cross_entropy, Alone("cpu")).evaluate(batch)
+    executor = Plain(TinyModel(), Penalised(), Alone("cpu"))
+    assert executor.evaluate(batch).loss.item() == plain.loss.item()
+    trained = executor.forward_backward([batch])
+    assert trained.loss.item() == pytest.approx((plain.loss + plain.tokens).item())
 
 
 def test_a_world_that_sees_data_twice_gives_half_the_sums():

@@ -227,7 +227,11 @@ class LossSum(NamedTuple):
 
 @runtime_checkable
 class Loss(Protocol):
-    """Hidden states and the output head to a sum of losses; logits need never exist whole."""
+    """Hidden states and the output head to a sum of losses; logits need never exist whole.
+
+    A loss that optimises more than it should be judged by (label smoothing, z-loss) has an attribute ``evaluation``:
+    the loss that is reported on held-out data instead of itself.
+    """
 
     def __call__(self, hidden_BTD: Tensor, head: nn.Module, batch: Batch) -> LossSum:
         """The summed loss of a micro batch and the weight it was summed over."""

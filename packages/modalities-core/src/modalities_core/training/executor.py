@@ -63,7 +63,7 @@ class Plain:
             synchronize = getattr(self._module, "set_requires_gradient_sync", None)
             if callable(synchronize):
                 synchronize(place == last)
-            part = self._forward(batch)
+            part = self._forward(batch, self.loss)
             part.loss.backward()
             sums = _added(sums, part)
         assert sums is not None
@@ -71,19 +71,22 @@ class Plain:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSum:
-        """This rank's sums on one batch, without gradients, in evaluation mode; the mode is put back afterwards."""
+        """This rank's sums on one batch, without gradients, in evaluation mode; the mode is put back afterwards.
+
+        Sums the loss's ``evaluation`` where it has one.
+        """
         self._place()
         training = self._module.training
         self._module.eval()
         try:
-            return self._share(self._forward(batch))
+            return self._share(self._forward(batch, getattr(self.loss, "evaluation", self.loss)))
         finally:
             self._module.train(training)
 
-    def _forward(self, batch: Batch) -> LossSum:
+    def _forward(self, batch: Batch, loss: Loss) -> LossSum:
         batch = batch.to(self.world.device)
         with self._autocast():
-            return self.loss(self._hidden(batch), self.model.head, batch)
+            return loss(self._hidden(batch), self.model.head, batch)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         optional = {"segments_BT": batch.segments_BT, "images_BCHW": batch.images_BCHW}
