@@ -22,6 +22,11 @@ LOSS = "{component: loss.cross_entropy}"
 EXECUTOR = f"{{component: executor.plain, model: {NANO}, loss: {LOSS}, world: {WORLD}}}"
 FORMAT = "{component: checkpoint_format.sharded}"
 BYTES = "{component: tokenizer.bytes}"
+VISION = "{component: model.vision_transformer, image_size: 8, patch_size: 4, hidden_size: 16, layers: 1, heads: 2}"
+COCA = (
+    f"{{component: model.coca, vision: {VISION}, vocab_size: 300, sequence_length: 8, hidden_size: 16, text_layers: 1, "
+    "multimodal_layers: 1, heads: 2, queries: 4, embedding_size: 8}"
+)
 EVALUATION = f"{{component: evaluation.held_out, name: h, batches: {HELD_OUT}, every: 2}}"
 OPTIMIZER = f"{{component: optimizer.adamw, model: {NANO}, lr: 1e-3}}"
 
@@ -30,6 +35,8 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "world.alone": (WORLD, interfaces.World),
     "world.auto": ("{component: world.auto}", interfaces.World),
     "model.decoder": (NANO, interfaces.Model),
+    "model.vision_transformer": (VISION, None),
+    "model.coca": (COCA, interfaces.Model),
     "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),
     "feedforward.mixture_of_experts": (
         "{component: feedforward.mixture_of_experts, experts: 4, experts_per_token: 2, intermediate_size: 32}",
@@ -40,6 +47,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "rope_scaling.yarn": ("{component: rope_scaling.yarn, factor: 4, original_length: 64}", None),
     "rope_scaling.llama3": ("{component: rope_scaling.llama3, factor: 8, original_length: 64}", None),
     "loss.cross_entropy": (LOSS, interfaces.Loss),
+    "loss.coca": (f"{{component: loss.coca, world: {WORLD}}}", interfaces.Loss),
     "executor.plain": (EXECUTOR, interfaces.Executor),
     "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
     "dataset.lorem_ipsum": (LOREM, interfaces.Dataset),

@@ -2,6 +2,8 @@
 
 COMPONENTS: dict[str, str] = {
     "model.decoder": "modalities_models.decoder:decoder",
+    "model.vision_transformer": "modalities_models.vision:VisionTransformer",
+    "model.coca": "modalities_models.coca:CoCa",
     "initialization.plain": "modalities_models.initialization:Plain",
     "initialization.scaled": "modalities_models.initialization:Scaled",
     "initialization.llama": "modalities_models.initialization:Llama",
@@ -11,4 +13,5 @@ COMPONENTS: dict[str, str] = {
     "rope_scaling.llama3": "modalities_models.nn.rope_scaling:Llama3",
     "feedforward.mixture_of_experts": "modalities_models.nn.mixture_of_experts:MixtureOfExperts",
     "loss.cross_entropy": "modalities_models.losses:CrossEntropy",
+    "loss.coca": "modalities_models.losses.coca:CoCaLoss",
 }

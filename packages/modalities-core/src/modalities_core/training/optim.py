@@ -13,8 +13,8 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
 from modalities_core.training.parameters import trainable
 
-NO_DECAY = ("*norm*", "*ln_*", "*bias", "*embed*", "*wte*", "*wpe*")
-"""Names of norms, biases and embeddings, which weight decay would only shrink."""
+NO_DECAY = ("*norm*", "*ln_*", "*bias", "*embed*", "*wte*", "*wpe*", "*log_scale")
+"""Names of norms, biases, embeddings and single factors, which weight decay would only shrink."""
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
@@ -36,7 +36,7 @@ def adamw(
         betas: decay of the running mean of the gradient and of its square, each in [0, 1).
         eps: added to the denominator.
         weight_decay: share of the weights, times the learning rate, taken off in each step.
-        no_decay: globs of parameter names without weight decay; by default norms, biases and embeddings.
+        no_decay: globs of parameter names without weight decay; by default norms, biases, embeddings, single factors.
 
     Raises:
         ConfigError: a number is out of range, a glob given here matches no parameter, or nothing is trainable.
