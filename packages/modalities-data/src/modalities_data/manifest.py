@@ -19,7 +19,7 @@ VERSION = 1
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Source(msgspec.Struct, frozen=True):
+class Source(msgspec.Struct, frozen=True, gc=False):
     """The input a shard was made from: ``start`` to ``end`` of ``file``.
 
     start, end: bytes, or row groups of a Parquet file.
@@ -33,7 +33,7 @@ class Source(msgspec.Struct, frozen=True):
     last_file: str = ""
 
 
-class Input(msgspec.Struct, frozen=True):
+class Input(msgspec.Struct, frozen=True, gc=False):
     """A file that was read.
 
     file: its path or address.
@@ -47,14 +47,14 @@ class Input(msgspec.Struct, frozen=True):
     checksum: str
 
 
-class Sidecar(msgspec.Struct, frozen=True):
+class Sidecar(msgspec.Struct, frozen=True, gc=False):
     """A file beside a shard: its size and the xxh3-64 of its content."""
 
     bytes: Count
     checksum: str
 
 
-class Shard(msgspec.Struct, frozen=True):
+class Shard(msgspec.Struct, frozen=True, gc=False):
     """One ``.bin`` and ``.idx`` pair, and what lies beside it.
 
     name: of the files, without suffix.
@@ -188,19 +188,27 @@ def read_manifest(folder: Path) -> Manifest:
     with user_errors(path):
         content = path.read_bytes()
     try:
-        head = msgspec.json.decode(content, type=_Head)
-        if head.format != FORMAT or not isinstance(head.version, int):
-            raise DataError(f"{path}: expected format {FORMAT!r}, found {head.format!r}")
-        if head.version > VERSION:
-            raise DataError(
-                f"{path}: written as version {head.version}, this program reads up to version {VERSION}",
-                hint="update modalities-data",
-            )
         manifest = msgspec.json.decode(content, type=Manifest)
+        _check_head(path, manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        try:
+            _check_head(path, msgspec.json.decode(content, type=_Head))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            pass  # then it is told what is wrong with the whole
         raise DataError(f"{path} is damaged: {error}") from error
     _check(path, manifest)
     return manifest
+
+
+def _check_head(path: Path, head: _Head | Manifest) -> None:
+    """Refuse another format and a later version."""
+    if head.format != FORMAT or not isinstance(head.version, int):
+        raise DataError(f"{path}: expected format {FORMAT!r}, found {head.format!r}")
+    if head.version > VERSION:
+        raise DataError(
+            f"{path}: written as version {head.version}, this program reads up to version {VERSION}",
+            hint="update modalities-data",
+        )
 
 
 def _check(path: Path, manifest: Manifest) -> None:
