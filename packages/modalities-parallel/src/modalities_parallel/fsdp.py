@@ -88,4 +88,6 @@ def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> No
             output = forward(*arguments, **keywords)
         return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
 
+    # So that a loss that computes the head itself knows in which precision.
+    cast_forward.autocast_dtype = dtype  # pyrefly: ignore[missing-attribute]
     module.forward = cast_forward

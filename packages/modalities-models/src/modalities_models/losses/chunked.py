@@ -96,10 +96,10 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Both gradients times that of the sum, in place: they are as large as hidden states and weight."""
         scaled = (
-            None if gradient is None else gradient.mul_(upstream[0]).to(dtype)
+            None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None, None, None, None)
