@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modalities_data.inputs.files import InputFile
+from modalities_data.inputs.units import unit_bytes
 from modalities_data.prepare.pack import pack
 from modalities_data.tokenizers.bytes import BytesTokenizer
 
@@ -127,3 +129,18 @@ def test_memory_does_not_grow_with_the_corpus(script, tmp_path, ending) -> None:
     print(f"peak memory: {peaks[0]:.0f} MiB at 20 MB, {peaks[1]:.0f} MiB at 80 MB")
     assert peaks[1] < 200
     assert peaks[1] < peaks[0] + 15
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "mebibytes"), [([0.001], 64), ([200, 56], 64), ([200, 56.1], 128), ([4000], 1024), ([10] * 400, 1024)]
+)
+def test_units_grow_with_the_input_so_that_shards_stay_few(gibibytes, mebibytes) -> None:
+    files = [InputFile(str(n), "jsonl", "", int(size * 2**30), "") for n, size in enumerate(gibibytes)]
+    assert unit_bytes(files) == mebibytes << 20
+    assert sum(file.bytes for file in files) / unit_bytes(files) <= 4096
+
+
+def test_what_units_have_stands_in_the_manifest(lorem_file, tmp_path) -> None:
+    made = pack(lorem_file, tmp_path / "default", BytesTokenizer(), workers=1).manifest
+    asked = pack(lorem_file, tmp_path / "asked", BytesTokenizer(), workers=1, range_bytes=64 << 20).manifest
+    assert made == asked and made.options["range_bytes"] == 64 << 20

@@ -44,8 +44,8 @@ def _part(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--workers", type=click.IntRange(1), help="Processes; one per available core by default.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="What to do with a record that is no document.")  # fmt: skip
-@click.option("--range-bytes", type=click.IntRange(1), default=64 << 20, show_default=True,
-              help="Input bytes per shard, at least.")  # fmt: skip
+@click.option("--range-bytes", type=click.IntRange(1),
+              help="Input bytes per shard, at least; 64 MiB by default, more beyond 256 GiB of input.")  # fmt: skip
 @click.option("--shard", "part", metavar="I/N", callback=_part,
               help="Write the I-th of N parts, as one job of an array; then merge the N folders.")  # fmt: skip
 @click.option("--verify-every", type=click.IntRange(1), metavar="K",
@@ -58,7 +58,7 @@ def _part(context: click.Context, parameter: click.Parameter, value: str | None)
 @as_json_option
 def pack(
     sources: tuple[str, ...], output: Path, tokenizer: str, end_of_document: str, engine: str, workers: int | None,
-    on_error: Literal["fail", "skip"], range_bytes: int, part: tuple[int, int] | None, verify_every: int | None,
+    on_error: Literal["fail", "skip"], range_bytes: int | None, part: tuple[int, int] | None, verify_every: int | None,
     run_on: Literal["processes", "ray"], key: str, format_: FormatChoice, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Tokenize INPUT... into the packed folder OUTPUT.

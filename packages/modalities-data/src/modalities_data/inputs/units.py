@@ -32,6 +32,15 @@ class Piece(NamedTuple):
 Unit = tuple[Piece, ...]
 """What becomes one shard."""
 
+UNIT_BYTES = 64 << 20
+MOST_UNITS = 4096
+"""Aimed at where nobody says how long units are: a reader opens so many shards in a few hundredths of a second."""
+
+
+def unit_bytes(files: Sequence[InputFile]) -> int:
+    """How much a unit of ``files`` has where nobody says: 64 MiB, and multiples of it beyond 256 GiB in all."""
+    return UNIT_BYTES * max(1, -(-sum(file.bytes for file in files) // (UNIT_BYTES * MOST_UNITS)))
+
 
 def cut(files: Sequence[InputFile], target_bytes: int, key: str) -> list[Unit]:
     """Cut ``files`` into units of at least ``target_bytes`` each, the last one excepted, in their order.

@@ -22,7 +22,7 @@ from modalities_data import manifest as manifests
 from modalities_data.disk import user_errors
 from modalities_data.inputs.files import FormatChoice, InputFile, Sources, find_inputs
 from modalities_data.inputs.reading import read
-from modalities_data.inputs.units import Unit, cut
+from modalities_data.inputs.units import Unit, cut, unit_bytes
 from modalities_data.manifest import Accounting, Input, Manifest, TokenizerRecord, write_manifest
 from modalities_data.megatron_index import token_dtype
 from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
@@ -30,7 +30,6 @@ from modalities_data.prepare.recheck import reference_engine
 from modalities_data.prepare.shards import Job, OnError, UnitResult, committed, pack_unit
 from modalities_data.prepare.workers import pack_in_processes
 
-RANGE_BYTES = 64 << 20
 SUFFIXES = ("bin", "idx")
 RunOn = Literal["processes", "ray"]
 
@@ -61,7 +60,7 @@ def pack(
     on_error: OnError = "fail",
     overwrite: bool = False,
     key: str = "text",
-    range_bytes: int = RANGE_BYTES,
+    range_bytes: int | None = None,
     format: FormatChoice = "auto",
     part: tuple[int, int] | None = None,
     verify_every: int | None = None,
@@ -83,7 +82,8 @@ def pack(
             ``*.rejected.jsonl``.
         overwrite: replace an existing packed folder when the new one is complete.
         key: the JSON key or the Parquet column that holds the text.
-        range_bytes: input bytes per shard, at least; decides where shards end.
+        range_bytes: input bytes per shard, at least; decides where shards end. By default 64 MiB, and more for inputs
+            beyond 256 GiB, so that there are some 4096 shards.
         format: what the files hold; ``auto`` goes by their endings.
         part: ``(number, of)``: write only this part of the shards, numbered from one; ``merge`` joins the parts to
             what a single run would have written.
@@ -100,6 +100,7 @@ def pack(
     output = Path(os.path.abspath(output))
     check_replaceable(output, overwrite)
     files = find_inputs(source, format)
+    range_bytes = range_bytes or unit_bytes(files)
     units = cut(files, range_bytes, key)
     if empty := sum(not file.bytes and file.format != "text" for file in files):
         log.warning("%d of %d inputs are empty", empty, len(files))
@@ -157,7 +158,7 @@ def _pack_units(
 def _check_arguments(
     workers: int | None,
     on_error: str,
-    range_bytes: int,
+    range_bytes: int | None,
     part: tuple[int, int] | None,
     verify_every: int | None,
     run_on: str,
