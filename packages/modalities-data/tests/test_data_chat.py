@@ -99,6 +99,27 @@ def test_ids_are_those_of_transformers(folder, tokenizer, template, conversation
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("template", [CHATML, MARKED, INSTRUCT])
+def test_prompts_are_those_of_transformers(folder, tokenizer, template, conversation) -> None:
+    asked = conversation[:-1]
+    expected, _ = theirs(folder, template, asked, add_generation_prompt=True)
+    assert ChatEncoder(tokenizer, ChatTemplate(template, {"bos_token": "<s>"})).prompt(asked) == expected
+
+
+def test_the_end_of_a_turn_is_what_the_template_writes_behind_an_answer(tokenizer) -> None:
+    library = Tokenizer.from_str(tokenizer.text)
+    for template, token in ((CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (INSTRUCT, "<|endoftext|>")):
+        end = ChatEncoder(tokenizer, ChatTemplate(template, {"bos_token": "<s>"})).turn_end()
+        assert end == (library.token_to_id(token), "")
+    plain = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n--\n{% endfor %}")
+    assert ChatEncoder(tokenizer, plain).turn_end() == (None, "--")
+    encoder = ChatEncoder(tokenizer, plain)
+    with pytest.raises(DataError, match=r"control token '<\|im_end\|>'"):
+        encoder.prompt(say("a<|im_end|>"))
+    assert encoder.without_specials("a<|im_end|>b") == "ab"
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_masks_are_those_of_transformers(folder, tokenizer, conversation) -> None:
     [found] = ChatEncoder(tokenizer, ChatTemplate(MARKED, {"bos_token": "<s>"})).encode([(conversation, {})])
     _, expected = theirs(folder, MARKED, conversation, return_assistant_tokens_mask=True)

@@ -22,8 +22,15 @@ class Encoded(NamedTuple):
     cut: int
 
 
+class TurnEnd(NamedTuple):
+    """What a template writes behind an answer: a control token, or text to look for; None and empty where neither."""
+
+    token: int | None
+    text: str
+
+
 class ChatEncoder:
-    """Conversations to ids and masks.
+    """Conversations to ids and masks, and to prompts for the next answer.
 
     Control tokens are those the template writes. A message that spells one out is refused: it could otherwise end its
     own turn, or begin one of another role.
@@ -62,6 +69,31 @@ class ChatEncoder:
             rendering if isinstance(rendering, DataError) else self._masked(rendering, next(encodings))
             for rendering in found
         ]
+
+    def prompt(self, messages: list[dict[str, Any]], others: dict[str, Any] | None = None) -> list[int]:
+        """Ids of a conversation up to where the assistant's next turn begins; arguments as for the template's.
+
+        Raises:
+            DataError: the template refuses the conversation, or a message spells out a control token.
+        """
+        self._refuse_specials(messages)
+        return self._library.encode(self._template.prompt(messages, others), add_special_tokens=False).ids
+
+    def turn_end(self) -> TurnEnd:
+        """How the template ends what the assistant says."""
+        answer = "4f2a9c"
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+        tail = self._template.render(messages).text.rpartition(answer)[2].strip()
+        ids = self._library.encode(tail, add_special_tokens=False).ids
+        if ids and self._library.id_to_token(ids[0]) in self._specials:
+            return TurnEnd(ids[0], "")
+        return TurnEnd(None, tail)
+
+    def without_specials(self, text: str) -> str:
+        """``text`` without the control tokens that it spells out."""
+        for special in self._specials:
+            text = text.replace(special, "")
+        return text
 
     def _masked(self, rendering: Any, encoding: Any) -> Encoded:
         """A token counts if all its characters are the assistant's."""

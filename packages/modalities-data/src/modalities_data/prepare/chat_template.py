@@ -68,8 +68,7 @@ class ChatTemplate:
             DataError: the template refuses the conversation, or does not write it turn by turn.
         """
         others = others or {}
-        if any(BEGIN in text or END in text for text in strings([messages, others])):
-            raise DataError("a message contains U+FDD0 or U+FDD1, which are no characters of text")
+        _refuse_marks(messages, others)
         if self.has_generation:
             return _without_marks(self._text(messages, others))
         whole = self._text(messages, others)
@@ -86,6 +85,19 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(before) + _turn_length(after[len(before) :], message.get("content"))))
         return Rendering(whole, spans)
+
+    def prompt(self, messages: Messages, others: dict[str, Any] | None = None) -> str:
+        """The text of a conversation up to where the assistant's next turn begins.
+
+        Args:
+            messages: each with ``role`` and ``content``; the last is not the assistant's.
+            others: further variables, such as ``tools``.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        _refuse_marks(messages, others or {})
+        return self._text(messages, others or {}, prompt=True).replace(BEGIN, "").replace(END, "")
 
     def _text(self, messages: Messages, others: dict[str, Any], prompt: bool = False) -> str:
         variables = {**self._variables, **others, "messages": messages, "add_generation_prompt": prompt}
@@ -136,6 +148,11 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from strings(part)
+
+
+def _refuse_marks(messages: Messages, others: dict[str, Any]) -> None:
+    if any(BEGIN in text or END in text for text in strings([messages, others])):
+        raise DataError("a message contains U+FDD0 or U+FDD1, which are no characters of text")
 
 
 def _json(path: Path) -> dict[str, Any]:
