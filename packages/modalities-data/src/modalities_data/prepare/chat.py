@@ -29,6 +29,7 @@ from modalities_data.prepare.chat_encoder import ChatEncoder, Encoded
 from modalities_data.prepare.chat_template import FILE_NAME, ChatTemplate
 from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
 from modalities_data.prepare.shards import OnError, shard_name
+from modalities_data.prepare.split import check_fraction
 from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
 
 BATCH = 512
@@ -106,8 +107,7 @@ def pack_chat(
         raise ConfigError(f"on_error is fail or skip, not {on_error!r}")
     if side is not None:
         check_seed(side.seed)
-        if not 0 < side.fraction < 1:
-            raise ConfigError(f"the fraction held out lies between 0 and 1, not at {side.fraction}")
+        check_fraction(side.fraction)
     output = Path(os.path.abspath(output))
     check_replaceable(output, overwrite)
     files = find_inputs(sources, "jsonl")

@@ -16,6 +16,7 @@ from modalities_data.manifest import Shard
 from modalities_data.megatron_index import Index
 from modalities_data.packed import PackedFolder
 from modalities_data.tokenizers.opening import UNKNOWN_ENGINE
+from modalities_data.verification import check_stretch, stretches
 
 BLOCK_DOCUMENTS = 1 << 16
 BATCH_TOKENS = 1 << 22
@@ -77,17 +78,32 @@ class JoinedFolders:
                 "%s: only some of its shards know the sources of their documents; they are left out", folders[0]
             )
         self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._sound: set[tuple[int, bool]] = set()
 
     def index(self, shard: int) -> Index:
         """The index of a shard, by its number among all; some stay open."""
         found = self._indexes.pop(shard, None)
         if found is None:
+            self._check(shard, index=True)
             folder, number = self.shards[shard]
             found = folder.index(number)
         self._indexes[shard] = found
         if len(self._indexes) > OPEN_INDEXES:
             self._indexes.popitem(last=False)
         return found
+
+    def _check(self, shard: int, *, index: bool) -> None:
+        """Read a shard's index, or its other files, before their first use: new checksums must not bless old damage.
+
+        Raises:
+            DataError: a checksum is wrong.
+        """
+        if (shard, index) in self._sound:
+            return
+        for stretch in stretches(self.entries[shard]):
+            if stretch.file.endswith(".idx") == index:
+                check_stretch(self.shards[shard][0].folder, stretch)
+        self._sound.add((shard, index))
 
     def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, first token there and length of documents, each (documents,) int64."""
@@ -126,6 +142,7 @@ class JoinedFolders:
         current, source, source_mask = -1, tokens, None
         for shard, start, length, target in rows:
             if shard != current:
+                self._check(shard, index=False)
                 folder, number = self.shards[shard]
                 current, source, source_mask = shard, folder.tokens(number), folder.mask(number)
             tokens[target : target + length] = source[start : start + length]

@@ -54,8 +54,7 @@ def split(
         ConfigError: the fraction or the seed is out of range, or an output is an input.
         DataError: a record is no document, or one side would be empty; then nothing is written.
     """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"the fraction held out lies between 0 and 1, not at {fraction}")
+    check_fraction(fraction)
     check_seed(seed)
     files = find_inputs(source, format)
     inputs = {Path(file.name).resolve() for file in files}
@@ -78,6 +77,16 @@ def split(
                     hint="choose another fraction or seed, or take a file with more documents",
                 )
     return SplitReport(*counts)
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse to hold out nothing or all.
+
+    Raises:
+        ConfigError: the fraction is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"the fraction held out lies between 0 and 1, not at {fraction}")
 
 
 def _lines(files: list[InputFile], key: str) -> Iterator[tuple[bytes, str]]:
