@@ -13,5 +13,6 @@ COMPONENTS: dict[str, str] = {
     "rope_scaling.llama3": "modalities_models.nn.rope_scaling:Llama3",
     "feedforward.mixture_of_experts": "modalities_models.nn.mixture_of_experts:MixtureOfExperts",
     "loss.cross_entropy": "modalities_models.losses:CrossEntropy",
+    "loss.liger_cross_entropy": "modalities_models.losses:LigerCrossEntropy",
     "loss.coca": "modalities_models.losses.coca:CoCaLoss",
 }
