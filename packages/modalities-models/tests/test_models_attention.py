@@ -1,16 +1,20 @@
-"""Attention against the definition in float64, with and without chunks."""
+"""Attention against the definition in float64: every implementation, mask and option, values and gradients."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 from modalities_models.decoder import decoder
-from modalities_models.nn.attention_implementations import Scores, attend
-from modalities_models.nn.chunked_attention import LONGEST, chunk_bounds, chunked_causal_attention, suits
-from modalities_models.nn.masks import causal
+from modalities_models.nn import chunked_attention as chunked_module
+from modalities_models.nn.attention_implementations import CHUNKED, PLAIN, SDPA, Job, Scores, attend, choose
+from modalities_models.nn.chunked_attention import chunked_attention, chunks
+from modalities_models.nn.masks import Mask, causal, everything
+
+IMPLEMENTATIONS = {"chunks": CHUNKED, "sdpa": SDPA, "plain": PLAIN}
 
 
 def heads(batch: int, count: int, length: int, size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -18,67 +22,217 @@ def heads(batch: int, count: int, length: int, size: int, seed: int, dtype: torc
     return values.to(dtype).transpose(1, 2).requires_grad_()
 
 
-def definition(query, key, value):
-    """The formula of arXiv:1706.03762, section 3.2.1, with the future masked; key heads are repeated for groups."""
+def definition(query, key, value, seen, scale=None, softcap=None):
+    """The formula of arXiv:1706.03762, section 3.2.1, with what is not seen masked; key heads are repeated."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    new, total = scores.shape[-2:]
-    future = torch.arange(total) > torch.arange(total - new, total)[:, None]
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ value
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
 
-def compare(attention, query, key, value, tolerance):
+def seen_by_loops(new, past, window, segments, padding, batch):
+    """(B, 1, T, S) booleans from the words of the contract, one pair of tokens after another."""
+    seen = torch.zeros(batch, 1, new, past + new, dtype=torch.bool)
+    for row, query, key in itertools.product(range(batch), range(new), range(past + new)):
+        place = past + query
+        sees = key <= place and (window is None or place - key < window)
+        if segments is not None:
+            sees = sees and segments[row, query] == segments[row, key]
+        if padding is not None:
+            sees = sees and (key >= padding[row] or key == place)
+        seen[row, 0, query, key] = bool(sees)
+    return seen
+
+
+def compare(attention, query, key, value, seen, tolerance, **options):
     exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
-    wanted, got = definition(*exact), attention(query, key, value)
+    wanted, got = definition(*exact, seen, **options), attention(query, key, value)
     direction = torch.randn(got.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     wanted_gradients = torch.autograd.grad(wanted, exact, direction)
     gradients = torch.autograd.grad(got, [query, key, value], direction.to(got.dtype))
     for ours, theirs in zip((got, *gradients), (wanted, *wanted_gradients), strict=True):
         assert ours.dtype == query.dtype and ours.shape == theirs.shape
-        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+        # With a window of one token the gradients of query and key are 0.
+        assert (ours.double() - theirs).norm() <= tolerance * (theirs.norm() + 3)
 
 
-@pytest.mark.parametrize("length", [2, 63, 64, 65, 200])
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.bfloat16, 0.02)])
-def test_chunked_attention_follows_the_definition(length, key_heads, dtype, tolerance):
-    query = heads(2, 4, length, 16, 0, dtype)
-    key, value = heads(2, key_heads, length, 16, 1, dtype), heads(2, key_heads, length, 16, 2, dtype)
-    compare(chunked_causal_attention, query, key, value, tolerance)
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.03}
+SEGMENTS = torch.tensor([[0] * 30 + [1] * 1 + [2] * 99, [0] * 130])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("window", [None, 1, 20, 65, 1000])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rows", ["same", "documents", "padding"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_implementation_follows_the_definition(name, rows, softcap, window, key_heads, dtype):
+    query, key, value = (heads(2, n, 130, 16, seed, dtype) for seed, n in enumerate((4, key_heads, key_heads)))
+    segments = SEGMENTS if rows == "documents" else None
+    padding = torch.tensor([0, 7]) if rows == "padding" else None
+    mask = causal(torch.zeros(2, 130), 0, segments, padding)
+    job = Job(mask, Scores(window, 0.4, softcap), 0.0, "cpu", dtype, 16, True)
+    if name == "sdpa" and softcap is not None:
+        assert "no soft cap" in str(SDPA.refusal(job))
+        return
+    if name == "chunks" and softcap is None and window is None and dtype != torch.bfloat16:
+        assert "slower" in str(CHUNKED.refusal(job))
+    seen = dense_by_rule(130, window, segments, padding)
+    implementation = IMPLEMENTATIONS[name]
+    compare(
+        lambda *heads: implementation.attend(*heads, job),
+        query,
+        key,
+        value,
+        seen,
+        TOLERANCES[dtype],
+        scale=0.4,
+        softcap=softcap,
+    )
+
+
+def dense_by_rule(length, window, segments, padding):
+    """As ``seen_by_loops`` without past, by comparisons."""
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    seen = ((key <= query) & (query - key < (window or length))).expand(2, 1, length, length)
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    if padding is not None:
+        seen = seen & ((key >= padding[:, None, None, None]) | (key == query))
+    return seen
+
+
+@pytest.mark.parametrize("past", [0, 1, 3, 6])
+@pytest.mark.parametrize("new", [1, 2, 5])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 7, 20])
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 2])])
+def test_masks_are_what_the_contract_says(past, new, window, padding):
+    mask = causal(torch.zeros(2, new), past, padding_B=padding)
+    wanted = seen_by_loops(new, past, window, None, padding, 2)
+    got = mask.dense(window)
+    # A cache with a window gives only the keys some new token can see.
+    wanted = wanted[..., past + new - got.shape[-1] :]
+    assert torch.equal(got.expand(wanted.shape), wanted)
+    kept = past if window is None else min(past, window - 1)
+    assert got.shape[-1] == (past + new if window is None or window >= past + new else kept + new)
+    assert torch.equal(mask.hidden(window).expand(2, new, -1), ~wanted[:, 0])
+    if mask.hides_nothing(window):
+        assert wanted.all()
+    if mask.plain_causal(window):
+        assert torch.equal(wanted, torch.ones(2, 1, new, new, dtype=torch.bool).tril())
+
+
+def test_documents_are_masked_as_by_loops():
+    segments = torch.tensor([[3, 3, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
+    for window in (None, 2):
+        wanted = seen_by_loops(6, 0, window, segments, None, 2)
+        assert torch.equal(causal(segments, segments_BT=segments).dense(window), wanted)
 
 
 @pytest.mark.parametrize(("new", "total"), [(1, 1), (1, 9), (4, 9), (9, 9)])
 @pytest.mark.parametrize("key_heads", [1, 4])
-def test_attention_of_the_last_tokens_follows_the_definition(new, total, key_heads):
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_attention_of_the_last_tokens_follows_the_definition(new, total, key_heads, softcap):
     query = heads(2, 4, new, 8, 0, torch.float64)
     key, value = (heads(2, key_heads, total, 8, seed, torch.float64) for seed in (1, 2))
     mask = causal(query[:, 0, :, 0], total - new)
-    compare(lambda *heads: attend(*heads, mask, Scores()), query, key, value, 1e-13)
+    seen = seen_by_loops(new, total - new, None, None, None, 2)
+    compare(
+        lambda *heads: attend(*heads, mask, Scores(softcap=softcap)), query, key, value, seen, 1e-13, softcap=softcap
+    )
 
 
-@pytest.mark.parametrize("length", [1, 2, 64, 65, 256, 513, 1000, LONGEST])
-def test_chunks_cover_the_sequence_once(length):
-    bounds = chunk_bounds(length)
-    assert [index for start, end in bounds for index in range(start, end)] == list(range(length))
-    assert len(bounds) <= 8
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_where_all_see_all(softcap):
+    query, key, value = (heads(2, 4, 20, 8, seed, torch.float64) for seed in range(3))
+    compare(
+        lambda *heads: attend(*heads, everything(), Scores(softcap=softcap)),
+        query,
+        key,
+        value,
+        torch.ones(20, 20, dtype=torch.bool),
+        1e-13,
+        softcap=softcap,
+    )
 
 
-def test_bfloat16_training_takes_chunks_and_nothing_else_does():
-    query = heads(1, 2, 32, 8, 0, torch.bfloat16)
-    assert suits(query, query, 0.0)
-    assert not suits(query, query, 0.1)
-    assert not suits(query.detach(), query, 0.0)
-    assert not suits(query.float(), query, 0.0)
-    assert not suits(query[:, :, :1], query, 0.0)
-    long = heads(1, 1, LONGEST + 1, 2, 0, torch.bfloat16)
-    assert not suits(long, long, 0.0)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_weights_made_again_are_those_that_were_kept(softcap, monkeypatch):
+    tensors = [heads(2, n, 200, 16, seed, torch.float32) for seed, n in enumerate((4, 2, 2))]
+    kept = torch.autograd.grad(chunked_attention(*tensors, window=50, softcap=softcap).square().sum(), tensors)
+    monkeypatch.setattr(chunked_module, "MOST_KEPT", 0)
+    again = torch.autograd.grad(chunked_attention(*tensors, window=50, softcap=softcap).square().sum(), tensors)
+    assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_blocks_take_changing_lengths(dtype):
+@pytest.mark.parametrize("window", [None, 1, 64, 100, 5000])
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 256, 513, 1000, 1024, 4096])
+def test_chunks_cover_the_sequence_once(length, window):
+    parts = chunks(length, window)
+    assert [index for start, end, _ in parts for index in range(start, end)] == list(range(length))
+    assert all(first == max(0, start - (window or length) + 1) for start, _, first in parts)
+    assert len(parts) <= (8 if window is None else max(8, -(-length // 64)))
+
+
+def job(window=None, softcap=None, dropout=0.0, dtype=torch.float32, gradient=True, length=64, mask=None):
+    mask = mask or causal(torch.zeros(1, length))
+    return Job(mask, Scores(window, None, softcap), dropout, "cpu", dtype, 16, gradient)
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (job(), "sdpa"),
+        (job(dtype=torch.bfloat16), "chunks"),
+        (job(dtype=torch.bfloat16, gradient=False), "sdpa"),
+        (job(dtype=torch.bfloat16, dropout=0.1), "sdpa"),
+        (job(dtype=torch.bfloat16, length=4096), "sdpa"),
+        (job(dtype=torch.bfloat16, length=1), "sdpa"),
+        (job(window=16), "chunks"),
+        (job(window=16, gradient=False), "chunks"),
+        (job(window=64), "sdpa"),
+        (job(window=16, dropout=0.1), "sdpa"),
+        (job(window=16, mask=causal(torch.zeros(1, 64), past=3)), "sdpa"),
+        (job(mask=everything()), "sdpa"),
+        (job(softcap=2.0), "chunks"),
+        (job(softcap=2.0, mask=everything()), "plain"),
+        (job(softcap=2.0, dropout=0.1), "plain"),
+        (job(softcap=2.0, mask=causal(torch.zeros(1, 1), past=3)), "plain"),
+        (job(mask=causal(torch.zeros(2, 130), segments_BT=SEGMENTS)), "sdpa"),
+        (job(mask=causal(torch.zeros(2, 130), segments_BT=SEGMENTS), dtype=torch.bfloat16), "chunks"),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_fastest(work, name):
+    assert choose(work).name == name
+
+
+def test_dropout_drops_weights_and_keeps_their_mean():
+    query, key, value = (heads(1, 1, 64, 8, seed, torch.float64).detach() for seed in range(3))
+    mask = causal(torch.zeros(1, 64))
+    for scores in (Scores(), Scores(softcap=3.0)):
+        torch.manual_seed(0)
+        exact = attend(query, key, value, mask, scores)
+        draws = torch.stack([attend(query, key, value, mask, scores, dropout=0.3) for _ in range(2000)])
+        # The mean of 2000 draws is within five of its standard deviations.
+        assert ((draws.mean(0) - exact).abs() <= 5 * draws.std(0) / 2000**0.5 + 1e-12).all()
+        assert draws.std(0).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        pytest.param(torch.float32, {"attention_softcap": 5.0}, marks=pytest.mark.slow),
+        pytest.param(torch.float32, {"attention_windows": (16, None), "layers": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_take_changing_lengths(dtype, options):
     torch.compiler.reset()
-    model = decoder("nano", layers=1, hidden_size=64, vocab_size=128, key_value_heads=2).to(dtype)
+    options = {"layers": 1} | options
+    model = decoder("nano", hidden_size=64, vocab_size=128, key_value_heads=2, **options).to(dtype)
     twin = copy.deepcopy(model)
     for block in twin.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
@@ -107,8 +261,14 @@ def test_a_bfloat16_step_is_as_close_to_float64_as_torch_attention(compiled, mon
         return torch.cat([parameter.grad.double().flatten() for parameter in twin.parameters()])
 
     exact, ours = gradient(torch.float64), gradient(torch.bfloat16, compiled)
-    monkeypatch.setattr("modalities_models.nn.attention_implementations.suits", lambda *_: False)
+    monkeypatch.setattr("modalities_models.nn.attention_implementations.choose", lambda _: SDPA)
     torchs = gradient(torch.bfloat16)
     assert not torch.equal(ours, torchs)
     assert (ours - exact).norm() < 1.5 * (torchs - exact).norm() + 1e-3 * exact.norm()
     assert (ours - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_mask_is_made_once():
+    mask = Mask("causal", 8, 0, torch.device("cpu"), padding_B=torch.tensor([1]))
+    assert mask.dense(3) is mask.dense(3) and mask.dense(8) is mask.dense(None)
+    assert mask.hidden(3) is mask.hidden(3)

@@ -1,94 +1,175 @@
-"""Causal attention for bfloat16 training on the CPU, by batched matrix products over chunks of queries.
+"""Attention on the CPU by batched matrix products over chunks of queries, each with the keys it can see.
 
-A chunk of queries meets only the keys up to its end, so nearly half of the masked products are never taken, and each
-product runs on the processor's bfloat16 units. The attention weights of a layer are kept for the backward pass,
-which limits the length it is good for.
+A chunk of queries meets only the keys from the start of its window to its own end, so nearly half of the products of
+a causal mask are never taken, and of a window far shorter than the sequence nearly all; each product runs on the
+processor's matrix units. Query heads that share a key head are one longer chunk. The attention weights are kept for
+the backward pass where that is little memory, and made again from query and key where it is not.
 
-Shape suffixes: B batch, H heads, T tokens, F elements of one head, C queries of a chunk, S keys up to its end.
+Shape suffixes: B batch, K key-value heads, R query heads of each, H = K * R, T tokens, F elements of one head,
+C queries of a chunk, Q = R * C, S keys the chunk meets.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 1024
-"""Beyond this the kept weights, B * H * T * T / 2 elements a layer, outgrow what the speed is worth."""
 SMALLEST_CHUNK = 64
 MOST_CHUNKS = 8
+MOST_KEPT = 640
+"""Attention weights per query and head that are kept for the backward pass, 2.5 kB in float32."""
 
 
-def suits(query_BHTF: Tensor, key_BHTF: Tensor, dropout: float) -> bool:
-    """Whether this beats torch's own attention: bfloat16 on the CPU, with gradients, over a short whole sequence."""
-    return (
-        query_BHTF.device.type == "cpu"
-        and query_BHTF.dtype == torch.bfloat16
-        and query_BHTF.requires_grad
-        and dropout == 0.0
-        and query_BHTF.shape[2] == key_BHTF.shape[2]
-        and 1 < query_BHTF.shape[2] <= LONGEST
-    )
+class Chunk(NamedTuple):
+    """Queries from ``start`` to ``end`` and keys from ``first`` to ``end``."""
+
+    start: int
+    end: int
+    first: int
 
 
-def chunked_causal_attention(query_BHTF: Tensor, key_BHTF: Tensor, value_BHTF: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(F)) value, each token attending to itself and all before it.
+def chunks(length: int, window: int | None = None) -> list[Chunk]:
+    """The chunks of a sequence, in order; with a window no longer than it, so that they meet twice their size."""
+    size = max(SMALLEST_CHUNK, -(-length // MOST_CHUNKS))
+    if window is not None:
+        size = max(SMALLEST_CHUNK, min(size, window))
+    starts = range(0, length, size)
+    return [
+        Chunk(start, min(start + size, length), 0 if window is None else max(0, start - window + 1)) for start in starts
+    ]
+
+
+def weights_per_query(length: int, window: int | None = None) -> int:
+    """Attention weights made for each query and head, rounded down."""
+    return sum((end - start) * (end - first) for start, end, first in chunks(length, window)) // length
+
+
+def chunked_attention(
+    query_BHTF: Tensor,
+    key_BKTF: Tensor,
+    value_BKTF: Tensor,
+    hidden_BTT: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(softcap(scale * query key^T)) value, each token attending to itself and what came before it.
 
     Args:
         query_BHTF: (B, heads, T, F).
-        key_BHTF: (B, key-value heads, T, F), heads a multiple of key-value heads.
-        value_BHTF: like ``key_BHTF``.
+        key_BKTF: (B, key-value heads, T, F), heads a multiple of key-value heads.
+        value_BKTF: like ``key_BKTF``.
+        hidden_BTT: (B, T, T) booleans, which keys a query does not see, the window and later ones among them; None
+            hides these alone.
+        window: how many tokens a token sees, itself included; None is all.
+        scale: factor on the products; None is F ** -0.5.
+        softcap: scores s become softcap * tanh(s / softcap); None leaves them.
 
     Returns:
         (B, heads, T, F), contiguous.
     """
-    repeats = query_BHTF.shape[1] // key_BHTF.shape[1]
-    if repeats > 1:
-        key_BHTF, value_BHTF = key_BHTF.repeat_interleave(repeats, 1), value_BHTF.repeat_interleave(repeats, 1)
-    return _ChunkedAttention.apply(query_BHTF, key_BHTF, value_BHTF)
+    query_BKRTF = query_BHTF.unflatten(1, (key_BKTF.shape[1], -1))
+    scale = query_BHTF.shape[-1] ** -0.5 if scale is None else scale
+    needed = query_BHTF.requires_grad or key_BKTF.requires_grad or value_BKTF.requires_grad
+    keep = needed and weights_per_query(query_BHTF.shape[2], window) <= MOST_KEPT
+    return _ChunkedAttention.apply(query_BKRTF, key_BKTF, value_BKTF, hidden_BTT, window, scale, softcap, keep)
 
 
-def chunk_bounds(length: int) -> list[tuple[int, int]]:
-    """First query and end of every chunk of a sequence."""
-    size = max(SMALLEST_CHUNK, -(-length // MOST_CHUNKS))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def _weights(
+    scaled_BKRTF: Tensor,
+    key_BKTF: Tensor,
+    hidden_BTT: Tensor | None,
+    chunk: Chunk,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention weights of a chunk, (B, K, Q, S), and, where scores are capped, the tanh their gradient needs."""
+    start, end, first = chunk
+    scores_BKQS = scaled_BKRTF[:, :, :, start:end].flatten(2, 3) @ key_BKTF[:, :, first:end].transpose(-1, -2)
+    tanh_BKQS = None
+    if softcap is not None:
+        tanh_BKQS = scores_BKQS.div_(softcap).tanh_()
+        scores_BKQS = tanh_BKQS * softcap
+    scores_BKRCS = scores_BKQS.unflatten(2, (-1, end - start))
+    if hidden_BTT is not None:
+        scores_BKRCS.masked_fill_(hidden_BTT[:, None, None, start:end, first:end], float("-inf"))
+    else:
+        _hide(scores_BKRCS, chunk, window)
+    return scores_BKQS.softmax(-1), tanh_BKQS
+
+
+def _hide(scores_BKRCS: Tensor, chunk: Chunk, window: int | None) -> None:
+    """Put -inf where a key is later than the query, or out of its window."""
+    start, end, first = chunk
+    later_CC = torch.ones(end - start, end - start, dtype=torch.bool, device=scores_BKRCS.device).triu_(1)
+    scores_BKRCS[..., start - first :].masked_fill_(later_CC, float("-inf"))
+    if window is not None and end - first > window:
+        # Query start + r does not see key first + c where their distance, start - first + r - c, is window or more.
+        columns = end - first - window
+        before = torch.ones(end - start, columns, dtype=torch.bool, device=scores_BKRCS.device)
+        before.tril_(start - first - window)
+        scores_BKRCS[..., :columns].masked_fill_(before, float("-inf"))
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scaled, key, value = query.contiguous() * query.shape[-1] ** -0.5, key.contiguous(), value.contiguous()
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor | None,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        keep: bool,
+    ) -> Tensor:
+        scaled, key, value = query.contiguous() * scale, key.contiguous(), value.contiguous()
         mixed = torch.empty_like(scaled)
         kept = []
-        for start, end in chunk_bounds(query.shape[2]):
-            scores_BHCS = scaled[:, :, start:end] @ key[:, :, :end].transpose(-1, -2)
-            future = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
-            scores_BHCS[..., start:].masked_fill_(future, float("-inf"))
-            weights_BHCS = scores_BHCS.softmax(-1)
-            mixed[:, :, start:end] = weights_BHCS @ value[:, :, :end]
-            kept.append(weights_BHCS)
-        ctx.save_for_backward(scaled, key, value, *kept)
-        return mixed
+        for chunk in chunks(query.shape[3], window):
+            start, end, first = chunk
+            weights_BKQS, tanh_BKQS = _weights(scaled, key, hidden, chunk, window, softcap)
+            mixed[:, :, :, start:end] = (weights_BKQS @ value[:, :, first:end]).unflatten(2, (-1, end - start))
+            if keep:
+                kept += [weights_BKQS] if tanh_BKQS is None else [weights_BKQS, tanh_BKQS]
+        ctx.save_for_backward(scaled, key, value, hidden, *kept)
+        ctx.window, ctx.scale, ctx.softcap = window, scale, softcap
+        return mixed.flatten(1, 2)
 
     @staticmethod
     @once_differentiable  # hides the parameter names from type checkers
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, Tensor]:  # pyrefly: ignore[bad-override]
-        scaled, key, value, *kept = ctx.saved_tensors
-        gradient = grad_outputs[0].contiguous()
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        scaled, key, value, hidden, *kept = ctx.saved_tensors
+        gradient = grad_outputs[0].unflatten(1, (key.shape[1], -1)).contiguous()
         query_gradient = torch.empty_like(scaled)
         # Summed over chunks in float32, so that more chunks do not mean more rounding.
         key_gradient = torch.zeros_like(key, dtype=torch.promote_types(key.dtype, torch.float32))
         value_gradient = torch.zeros_like(key_gradient)
-        for (start, end), weights_BHCS in zip(chunk_bounds(scaled.shape[2]), kept, strict=True):
-            chunk = gradient[:, :, start:end]
-            value_gradient[:, :, :end] += weights_BHCS.transpose(-1, -2) @ chunk
-            weights_gradient = chunk @ value[:, :, :end].transpose(-1, -2)
+        for number, chunk in enumerate(chunks(scaled.shape[3], ctx.window)):
+            start, end, first = chunk
+            if not kept:
+                weights_BKQS, tanh_BKQS = _weights(scaled, key, hidden, chunk, ctx.window, ctx.softcap)
+            elif ctx.softcap is None:
+                weights_BKQS, tanh_BKQS = kept[number], None
+            else:
+                weights_BKQS, tanh_BKQS = kept[2 * number : 2 * number + 2]
+            chunk_BKQF = gradient[:, :, :, start:end].flatten(2, 3)
+            value_gradient[:, :, first:end] += weights_BKQS.transpose(-1, -2) @ chunk_BKQF
+            weights_gradient = chunk_BKQF @ value[:, :, first:end].transpose(-1, -2)
             scores_gradient = torch.ops.aten._softmax_backward_data(
-                weights_gradient, weights_BHCS, -1, weights_BHCS.dtype
+                weights_gradient, weights_BKQS, -1, weights_BKQS.dtype
             )
-            query_gradient[:, :, start:end] = scores_gradient @ key[:, :, :end]
-            key_gradient[:, :, :end] += scores_gradient.transpose(-1, -2) @ scaled[:, :, start:end]
-        query_gradient.mul_(scaled.shape[-1] ** -0.5)
-        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
+            if tanh_BKQS is not None:
+                scores_gradient = scores_gradient * (1 - tanh_BKQS.square())
+            query_gradient[:, :, :, start:end] = (scores_gradient @ key[:, :, first:end]).unflatten(
+                2, (-1, end - start)
+            )
+            key_gradient[:, :, first:end] += scores_gradient.transpose(-1, -2) @ scaled[:, :, :, start:end].flatten(
+                2, 3
+            )
+        query_gradient.mul_(ctx.scale)
+        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), None, None, None, None, None

@@ -46,6 +46,12 @@ class Mask:
         self.segments_BT = segments_BT
         self.padding_B = padding_B
         self._dense: dict[int | None, Tensor] = {}
+        self._hidden: dict[int | None, Tensor] = {}
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether documents or padding make one row of the batch differ from another."""
+        return self.segments_BT is not None or self.padding_B is not None
 
     def effective(self, window: int | None) -> int | None:
         """``window``, or None where the tokens are so few that it hides nothing."""
@@ -62,7 +68,7 @@ class Mask:
         """Whether it is the lower triangle of a square and nothing else."""
         if self.order != "causal" or self.past or self.effective(window) is not None:
             return False
-        return self.segments_BT is None and self.padding_B is None
+        return not self.rows_differ
 
     def dense(self, window: int | None) -> Tensor:
         """Booleans, true where a query sees a key: (T, S), or (B, 1, T, S) where rows differ."""
@@ -70,6 +76,15 @@ class Mask:
         made = self._dense.get(window)
         if made is None:
             made = self._dense[window] = self._make_dense(window)
+        return made
+
+    def hidden(self, window: int | None) -> Tensor:
+        """Booleans (B, T, S), or (1, T, S) where rows do not differ, true where a query does not see a key."""
+        window = self.effective(window)
+        made = self._hidden.get(window)
+        if made is None:
+            dense = self.dense(window)
+            made = self._hidden[window] = ~(dense[:, 0] if dense.dim() == 4 else dense[None])
         return made
 
     def _make_dense(self, window: int | None) -> Tensor:
