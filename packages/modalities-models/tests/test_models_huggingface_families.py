@@ -35,7 +35,9 @@ class InFull(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         wide = args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
         if wide and torch.is_grad_enabled():
-            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:]):
+            if func is torch.Tensor.float or (
+                func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args[1:]
+            ):
                 return args[0]
             if kwargs.get("dtype") == torch.float32:
                 kwargs["dtype"] = torch.float64
@@ -200,11 +202,55 @@ def starcoder2(rng):
     return transformers.Starcoder2Config(**common(rng), **rope(rng), sliding_window=window)
 
 
+def experts(rng: random.Random) -> dict:
+    per_token = rng.choice([1, 2, 3])
+    return {"num_experts": 5, "num_experts_per_tok": per_token, "norm_topk_prob": rng.random() < 0.5}
+
+
+def mixtral(rng):
+    more = {"num_local_experts": 4, "num_experts_per_tok": rng.choice([1, 2]), "sliding_window": rng.choice([None, 6])}
+    return transformers.MixtralConfig(**common(rng), **rope(rng), **eps(rng), **more)
+
+
+def qwen2_moe(rng):
+    more = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "qkv_bias": rng.random() < 0.5}
+    return transformers.Qwen2MoeConfig(**common(rng), **rope(rng), **eps(rng), **experts(rng), **more)
+
+
+def qwen3_moe(rng):
+    more = {"moe_intermediate_size": 24, "mlp_only_layers": rng.choice([[], [0], [1]]), "head_dim": 16}
+    return transformers.Qwen3MoeConfig(**common(rng), **rope(rng), **eps(rng), **experts(rng), **more)
+
+
+def olmoe(rng):
+    return transformers.OlmoeConfig(**common(rng), **rope(rng), **eps(rng), **experts(rng))
+
+
+def balanced(rng: random.Random) -> dict:
+    return {
+        "n_routed_experts": 6,
+        "n_shared_experts": rng.choice([1, 2]),
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": rng.choice([1, 2, 3]),
+        "norm_topk_prob": rng.random() < 0.5,
+        "first_k_dense_replace": rng.choice([0, 1]),
+    }
+
+
+def dots1(rng):
+    return transformers.Dots1Config(**common(rng), **rope(rng), **eps(rng), **balanced(rng), sliding_window=None)
+
+
+def glm4_moe(rng):
+    more = {"use_qk_norm": rng.random() < 0.5, "attention_bias": rng.random() < 0.5, "partial_rotary_factor": 1.0}
+    return transformers.Glm4MoeConfig(**common(rng), **rope(rng), **eps(rng), **balanced(rng), **more)
+
+
 CONFIGS = {
     family.__name__: family
     for family in (
         llama, gpt2, mistral, ministral, qwen2, qwen3, seed_oss, granite, arcee, phi3, olmo2, olmo3, gemma, gemma2,
-        vaultgemma, starcoder2,
+        vaultgemma, starcoder2, mixtral, qwen2_moe, qwen3_moe, olmoe, dots1, glm4_moe,
     )
 }  # fmt: skip
 
@@ -212,8 +258,9 @@ CONFIGS = {
 def make_theirs(config, dtype: torch.dtype) -> nn.Module:
     """A model of transformers whose weights are random everywhere, norms and biases included."""
     # Soft caps and the casts that InFull removes are in the eager path.
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).to(dtype)
     randomise(model)
     return model.train()
 
@@ -223,6 +270,9 @@ def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for tensor in model.parameters():
         tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    for name, tensor in model.named_buffers():
+        if name.endswith(("balance", "e_score_correction_bias")):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
 
 
 def make_ours(architecture, tensors, dtype: torch.dtype) -> Decoder:
@@ -297,7 +347,7 @@ def test_export_gives_the_same_logits(name, seed, dtype, tolerance, tmp_path) ->
     (tmp_path / "out").mkdir()
     export(tmp_path / "out", architecture, ours.state_dict().__getitem__, family=name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=dtype, attn_implementation="eager"
+        tmp_path / "out", dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     assert theirs.config.model_type == name
     tokens = torch.randint(architecture.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(2))

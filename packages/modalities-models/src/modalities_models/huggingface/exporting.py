@@ -77,7 +77,7 @@ def export(
     chosen = family_of(architecture) if family is None else family_named(family, architecture)
     shapes = shapes_of(architecture)
     links = chosen.links(architecture, shapes)
-    kinds = {link.ours[0]: dtype or read(link.ours[0]).dtype for link in links}
+    kinds = {link.ours[0]: _dtype(link.ours[0], read, dtype) for link in links}
     plan, ordered = [], []
     # The widest first, so that every tensor of the file begins where its type may.
     for link in sorted(links, key=lambda link: -kinds[link.ours[0]].itemsize):
@@ -105,6 +105,13 @@ def settings(family: Family, architecture: Architecture, dtype: torch.dtype, tok
         "torch_dtype": name,
         "transformers_version": TRANSFORMERS,
     }
+
+
+def _dtype(name: str, read: Callable[[str], Tensor], wanted: torch.dtype | None) -> torch.dtype:
+    """Of a tensor written: biases of the choice of experts stay in float32 or wider beside weights of any type."""
+    if name.endswith(".balance"):
+        return torch.promote_types(torch.float32, read(name).dtype)
+    return wanted or read(name).dtype
 
 
 def _planned(link: Link, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[TensorInfo]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from modalities_core.errors import CheckpointError, ConfigError, ModalitiesError
 from modalities_core.spelling import did_you_mean
 from modalities_models.architecture import Architecture
-from modalities_models.huggingface import dense, gemma, gpt
+from modalities_models.huggingface import dense, experts, gemma, gpt
 from modalities_models.huggingface.family import Family
 from modalities_models.huggingface.settings import Settings
 
@@ -32,6 +32,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             dense.SEED_OSS,
             dense.ARCEE,
             dense.PHI3,
+            experts.MIXTRAL,
+            experts.QWEN3_MOE,
+            experts.QWEN2_MOE,
+            experts.OLMOE,
+            experts.DOTS1,
+            experts.GLM4_MOE,
         )
     }
 )

@@ -14,6 +14,7 @@ from modalities_models.architecture import Architecture
 from modalities_models.huggingface.links import Link, Padded, Same
 from modalities_models.huggingface.rope import plain
 from modalities_models.huggingface.settings import Settings
+from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name and whole shape of every tensor of ours."""
@@ -119,8 +120,16 @@ def canonical(architecture: Architecture) -> Architecture:
     """The same decoder in the one of several spellings that we compare by."""
     a = architecture
     theta, scaling = plain(a)
+    feedforward, inner = a.feedforward, a.intermediate_size
+    if isinstance(feedforward, MixtureOfExperts):
+        layers = tuple(sorted({*feedforward.dense_layers}))
+        feedforward = replace(feedforward, balance_rate=1e-3 if feedforward.balance_rate else 0.0, dense_layers=layers)
+        # Without a dense layer this number is nowhere.
+        inner = inner if layers else feedforward.intermediate_size
     return replace(
         a,
+        feedforward=feedforward,
+        intermediate_size=inner,
         attention_windows=shortest([_felt(a.window(layer), a) for layer in range(a.layers)]),
         attention_scale=a.head_size**-0.5 if a.attention_scale is None else a.attention_scale,
         query_key_value_bias=a.has_query_key_value_bias,
