@@ -13,6 +13,7 @@ COMMANDS = {
     "run": "modalities_cli.run:run",
     "check": "modalities_cli.check:check",
     "generate": "modalities_cli.generate:generate",
+    "chat": "modalities_cli.chat:chat",
     "components": "modalities_cli.components:components",
     "schema": "modalities_cli.schema:schema",
     "data": "modalities_data.commands:data",

@@ -94,6 +94,5 @@ def _write(folder: Path) -> None:
     tokenizer = graph.build("tokenizer")
     model, _ = trained_model(graph, folder)
     for prompt in PROMPTS:
-        pieces = continuation(model, tokenizer, prompt, max_new_tokens=96, temperature=0.7, top_p=0.95, seed=1)
-        click.echo(f"\n>>> {prompt}", nl=False)
-        click.echo("".join(pieces))
+        text = continuation(model, tokenizer, prompt, max_new_tokens=96, seed=1, temperature=0.7, top_p=0.95)
+        click.echo(f"\n>>> {prompt}{text}")

@@ -46,15 +46,39 @@ def open_run(folder: Path) -> Graph:
     return checked_graph(folder / RESOLVED)
 
 
-def trained_model(graph: Graph, folder: Path) -> tuple[Any, int]:
-    """The run's model with the weights of its newest valid checkpoint, and the checkpoint's step.
+def run_of(path: Path) -> tuple[Path, int | None] | None:
+    """The folder of the run that ``path`` is, or is a checkpoint of, and that checkpoint's step; None if it is neither.
+
+    Args:
+        path: a run's folder, its ``checkpoints``, or one ``step-...`` folder in there, abandoned ones included.
+    """
+    from modalities_core.training.lineage import step_folders
+
+    path = path.resolve()
+    folder = next((place for place in (path, *path.parents[:3]) if (place / RESOLVED).is_file()), None)
+    if folder is None:
+        return None
+    if path in (folder, folder / "checkpoints"):
+        return folder, None
+    steps = [step for step, place in step_folders(path.parent).items() if place == path]
+    return (folder, steps[0]) if steps else None
+
+
+def trained_model(graph: Graph, folder: Path, step: int | None = None, shelf: Path | None = None) -> tuple[Any, int]:
+    """The run's model with the weights of a checkpoint, every byte verified, and the checkpoint's step.
+
+    Args:
+        graph: the run's.
+        folder: of the run.
+        step: which checkpoint; by default the newest valid one.
+        shelf: where the checkpoints lie, if not in ``folder/checkpoints``.
 
     Raises:
-        CheckpointError: there is no valid checkpoint.
+        CheckpointError: there is no valid checkpoint, or not the one that is asked for.
     """
-    from modalities_core.training.lineage import newest_valid
+    from modalities_core.training.lineage import Shelf
 
-    found = newest_valid(folder / "checkpoints")
+    found, _ = Shelf(shelf or folder / "checkpoints").newest_valid(step)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet", hint="let the run go on until it saves one")
     model = graph.build("trainer.executor.model")
