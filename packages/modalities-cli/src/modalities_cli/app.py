@@ -14,6 +14,7 @@ COMMANDS = {
     "check": "modalities_cli.check:check",
     "generate": "modalities_cli.generate:generate",
     "chat": "modalities_cli.chat:chat",
+    "eval": "modalities_cli.evaluate:evaluate",
     "components": "modalities_cli.components:components",
     "schema": "modalities_cli.schema:schema",
     "data": "modalities_data.commands:data",
