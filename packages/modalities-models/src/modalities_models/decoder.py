@@ -31,6 +31,7 @@ from modalities_core.interfaces import ParallelPlan, World
 from modalities_models.architecture import Architecture
 from modalities_models.head import Head, LinearHead, TiedHead
 from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
+from modalities_models.nn.attention_implementations import prepare
 from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.feedforward import FeedForward
@@ -99,7 +100,8 @@ class Decoder(nn.Module):
                 lengths are read together; the same counts are given with every piece of the text.
 
         Raises:
-            ConfigError: the input is longer than the model's sequence length.
+            ConfigError: the input is longer than the model's sequence length, or gradients are wanted and the named
+                implementation of attention cannot be used.
         """
         start = caches[0].length if caches else 0
         length = start + tokens_BT.shape[1]
@@ -122,6 +124,7 @@ class Decoder(nn.Module):
             hidden_BTD = hidden_BTD + self.positions(places)
         if a.dropout and self.training:
             hidden_BTD = F.dropout(hidden_BTD, a.dropout)
+        prepare(mask, a, hidden_BTD, self)
         turned = None
         if a.positions == "rope":
             turned = rotation(places, a.head_size, a.rope_theta, a.rope_scaling, a.sequence_length)

@@ -13,7 +13,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from modalities_models.architecture import Architecture
-from modalities_models.nn.attention_implementations import Scores, attend
+from modalities_models.nn.attention_implementations import attend
+from modalities_models.nn.attention_jobs import Scores
 from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.masks import Mask
 from modalities_models.nn.norms import RMSNorm

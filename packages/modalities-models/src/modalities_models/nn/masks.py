@@ -5,7 +5,8 @@ Shape suffixes: B batch, T new tokens (queries), S tokens they may see (keys), t
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ class Mask:
         self.device = device
         self.segments_BT = segments_BT
         self.padding_B = padding_B
-        self._dense: dict[int | None, Tensor] = {}
-        self._hidden: dict[int | None, Tensor] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     @property
     def rows_differ(self) -> bool:
@@ -70,22 +70,23 @@ class Mask:
             return False
         return not self.rows_differ
 
+    def kept(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave the first time it was asked for under ``name``."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
     def dense(self, window: int | None) -> Tensor:
         """Booleans, true where a query sees a key: (T, S), or (B, 1, T, S) where rows differ."""
         window = self.effective(window)
-        made = self._dense.get(window)
-        if made is None:
-            made = self._dense[window] = self._make_dense(window)
-        return made
+        return self.kept(("dense", window), lambda: self._make_dense(window))
 
     def hidden(self, window: int | None) -> Tensor:
         """Booleans (B, T, S), or (1, T, S) where rows do not differ, true where a query does not see a key."""
-        window = self.effective(window)
-        made = self._hidden.get(window)
-        if made is None:
-            dense = self.dense(window)
-            made = self._hidden[window] = ~(dense[:, 0] if dense.dim() == 4 else dense[None])
-        return made
+        return self.kept(("hidden", self.effective(window)), lambda: self._make_hidden(self.dense(window)))
+
+    def _make_hidden(self, dense: Tensor) -> Tensor:
+        return ~(dense[:, 0] if dense.dim() == 4 else dense[None])
 
     def _make_dense(self, window: int | None) -> Tensor:
         assert self.order == "causal", "where all see all no mask is needed"
