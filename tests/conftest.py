@@ -175,7 +175,18 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pack(folder / "some.jsonl", folder / name, HuggingFaceTokenizer(folder / "tokenizer.json"), workers=1)
     _write_other_tokenizers(folder)
     _write_pairs(folder)
+    _write_checkpoint(folder / "hugging_face")
     return folder
+
+
+def _write_checkpoint(folder: Path) -> None:
+    """A nano decoder as Hugging Face has them."""
+    from modalities_models.decoder import decoder
+    from modalities_models.huggingface.exporting import export
+
+    folder.mkdir()
+    model = decoder("nano", vocab_size=300, sequence_length=32)
+    export(folder, model.architecture, model.state_dict().__getitem__)
 
 
 def _write_pairs(folder: Path) -> None:

@@ -35,6 +35,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "world.alone": (WORLD, interfaces.World),
     "world.auto": ("{component: world.auto}", interfaces.World),
     "model.decoder": (NANO, interfaces.Model),
+    "model.pretrained": ("{component: model.pretrained, path: DATA/hugging_face}", interfaces.Model),
     "model.vision_transformer": (VISION, None),
     "model.coca": (COCA, interfaces.Model),
     "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),
@@ -97,6 +98,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "initialization.plain": ("{component: initialization.plain}", None),
     "initialization.scaled": ("{component: initialization.scaled}", None),
     "initialization.llama": ("{component: initialization.llama}", None),
+    "initialization.pretrained": ("{component: initialization.pretrained, path: DATA/hugging_face}", None),
     "sink.console": ("{component: sink.console}", interfaces.Sink),
     "sink.jsonl": ("{component: sink.jsonl}", interfaces.Sink),
     "trainer.default": (

@@ -2,11 +2,13 @@
 
 COMPONENTS: dict[str, str] = {
     "model.decoder": "modalities_models.decoder:decoder",
+    "model.pretrained": "modalities_models.huggingface.pretrained:pretrained",
     "model.vision_transformer": "modalities_models.vision:VisionTransformer",
     "model.coca": "modalities_models.coca:CoCa",
     "initialization.plain": "modalities_models.initialization:Plain",
     "initialization.scaled": "modalities_models.initialization:Scaled",
     "initialization.llama": "modalities_models.initialization:Llama",
+    "initialization.pretrained": "modalities_models.huggingface.pretrained:Pretrained",
     "rope_scaling.linear": "modalities_models.nn.rope_scaling:Linear",
     "rope_scaling.ntk": "modalities_models.nn.rope_scaling:Ntk",
     "rope_scaling.yarn": "modalities_models.nn.rope_scaling:Yarn",

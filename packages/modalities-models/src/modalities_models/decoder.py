@@ -30,7 +30,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import ParallelPlan, World
 from modalities_models.architecture import Architecture
 from modalities_models.head import Head, LinearHead, TiedHead
-from modalities_models.initialization import Initialization, Kind, Role, Scaled, initial_value
+from modalities_models.initialization import GivenWeights, Initialization, Kind, Role, Scaled, initial_value
 from modalities_models.nn.attention_implementations import prepare
 from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
@@ -53,13 +53,17 @@ class Decoder(nn.Module):
 
     Args:
         architecture: all its numbers.
-        initialization: how weight matrices are filled.
+        initialization: how weight matrices are filled, or the values of them all.
         seed: of the initial values.
     """
 
-    def __init__(self, architecture: Architecture, initialization: Initialization, seed: int = 0) -> None:
+    def __init__(
+        self, architecture: Architecture, initialization: Initialization | GivenWeights, seed: int = 0
+    ) -> None:
         super().__init__()
         self.architecture = a = architecture
+        if isinstance(initialization, GivenWeights):
+            initialization.check(a)
         self.vocab_size = a.vocab_size
         self.sequence_length = a.sequence_length
         self.initialization = initialization
@@ -147,14 +151,17 @@ class Decoder(nn.Module):
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's and buffer's name and whole initial value, float32 on the CPU; the same on every rank."""
-        a = self.architecture
+        a, initialization = self.architecture, self.initialization
+        if isinstance(initialization, GivenWeights):
+            yield from initialization.values(a)
+            return
         for name, (shape, role) in self._roles.items():
             if role.kind in ("embedding", "head"):
                 # Padding is zero, and what is drawn for the other rows does not depend on it.
-                drawn = initial_value(name, (a.vocab_size, a.hidden_size), role, self.initialization, self.seed)
+                drawn = initial_value(name, (a.vocab_size, a.hidden_size), role, initialization, self.seed)
                 yield name, F.pad(drawn, (0, 0, 0, shape[0] - a.vocab_size))
             else:
-                yield name, initial_value(name, shape, role, self.initialization, self.seed)
+                yield name, initial_value(name, shape, role, initialization, self.seed)
         for name, shape in self._buffer_shapes.items():
             yield name, torch.zeros(shape, dtype=torch.float32, device="cpu")
 
@@ -242,7 +249,7 @@ def decoder(
     tied_embeddings: bool | None = None,
     dropout: float | None = None,
     vocab_multiple: int | None = None,
-    initialization: Initialization | None = None,
+    initialization: Initialization | GivenWeights | None = None,
     seed: int = 0,
 ) -> Decoder:
     """A decoder of a named size, of given numbers, or of a named size with some numbers changed.
@@ -287,7 +294,8 @@ def decoder(
         dropout: probability, on embeddings, attention weights and residual outputs, in training only; default 0.
         vocab_multiple: rows of embedding and head are stored rounded up to a multiple of this; logits and exports
             have vocab_size.
-        initialization: how weights are filled; default ``initialization.scaled`` with std 0.02.
+        initialization: how weights are filled, or where they come from (``initialization.pretrained``); default
+            ``initialization.scaled`` with std 0.02.
         seed: of the initial values.
 
     Raises:

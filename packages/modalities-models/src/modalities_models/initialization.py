@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
+from modalities_models.architecture import Architecture
 
 Kind = Literal["embedding", "position", "projection", "residual", "router", "head", "scale", "bias"]
 
@@ -44,6 +46,19 @@ class Initialization(Protocol):
 
         The matrices of several experts come one by one.
         """
+        ...
+
+
+@runtime_checkable
+class GivenWeights(Protocol):
+    """Gives the values of one decoder by name, such as those of a checkpoint, instead of filling them by role."""
+
+    def check(self, architecture: Architecture) -> None:
+        """Raise ConfigError unless the values are those of a decoder of these numbers; reads no tensor."""
+        ...
+
+    def values(self, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's and buffer's name and whole value, float32 on the CPU; the same on every rank."""
         ...
 
 
