@@ -121,8 +121,11 @@ def test_the_formats_hold_the_same_tokens(bench, tmp_path):
     assert np.array_equal(np.fromfile(tmp_path / "made" / "datatrove" / "tokens.ds", "<u2"), tokens)
     assert np.array_equal(np.fromfile(tmp_path / "made" / "tokens.pbin", "<u2", 50_000, offset=12), tokens)
     verify(tmp_path / "made" / "packed")
-    folder = PackedFolder(tmp_path / "made" / "packed")
-    assert np.array_equal(folder.tokens(0), tokens)
+    verify(tmp_path / "made" / "sharded")
+    for name, shards in (("packed", 1), ("sharded", 16)):
+        folder = PackedFolder(tmp_path / "made" / name)
+        assert len(folder.manifest.shards) == shards
+        assert np.array_equal(np.concatenate([folder.tokens(number) for number in range(shards)]), tokens)
 
 
 def test_sparse_folders_open_and_take_no_disk(bench, tmp_path):
@@ -155,3 +158,34 @@ def test_the_report_has_ratios_per_cpu_second_and_names_what_differs(bench):
     assert "at 95 % of that" in text
     assert "Not measured: other: pip failed" in text
     assert "| 30.0x | NO |" in report_of(pack, token_digest="e")
+
+
+def test_a_loader_is_compared_with_ours_beside_it_and_as_the_same_integers(bench):
+    load = bench("load")
+    ours = {"int64 batch": 900.0, "int32 batch": 1000.0, "int64 batch, with documents": 500.0,
+            "tensors of its loader": 600.0}  # fmt: skip
+    assert load.like("samples alone, int32", ours) == "int32 batch"
+    assert load.like("samples alone, int64, with positions", ours) == "int64 batch, with documents"
+    assert load.like("tensors of its loader", {"int64 batch": 1.0}) == "int64 batch"
+    # In the second round everything takes twice as long: the ratios stay.
+    slow = {way: rate / 2 for way, rate in ours.items()}
+    pairs = {
+        "a": [{load.OURS: ours, "a": {"int32 batch": 100.0}}, {load.OURS: slow, "a": {"int32 batch": 50.0}}],
+        "b": [{load.OURS: ours, "b": {"tensors of its loader": 60.0, "int64 batch": 300.0}}],
+    }
+    found = load.compared(pairs)
+    assert found["ratios"] == {"a": {"int32 batch": 10.0}, "b": {"tensors of its loader": 10.0, "int64 batch": 3.0}}
+    assert found["rates"]["a"] == {"int32 batch": 75.0} and found["rates"][load.OURS] == ours
+    opening = {"import": 0.1, "open": 0.05, "seek": 0.01, "peak_rss": 4 * 10**7}
+    told = {
+        **found, "sequence_length": 2048, "tokens": 10**6, "rounds": 2, "missing": {"c": "pip failed"},
+        "opening": {load.OURS: {"1e+09 in 10 shards": opening}, "a": {"1e+09": {"failed": "no memory"}}},
+        "host": {"memory_bandwidth": 1e9, "read": {}, "index": {}, "best_fit": None},
+        "command": "c", "commit": "c", "date": "d", "cpu": "c", "cores": 2, "load": 1.0, "versions": {},
+    }  # fmt: skip
+    text = load.report(told)
+    assert "| b | int64 batch | 0.3 | 3,333.33 | int64 batch | 3.0x |" in text
+    assert "Nearest to us is b with int64 batch: ours is 3.0 times as fast." in text
+    assert "| modalities-data | 1e+09 in 10 shards | 0.100 | 0.050 | 0.010 | 40 |" in text
+    assert "failed: no memory" in text and "Not measured: c: pip failed" in text
+    assert "Nearest" not in load.report({**told, "ratios": {}})

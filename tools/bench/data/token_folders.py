@@ -11,14 +11,17 @@ import numpy as np
 VOCABULARY = 50_000
 END = 0
 MEAN_DOCUMENT = 600
+SHARDS = 16
+"""Of the ``sharded`` folder: what packing as many tokens makes by default, more or less."""
 
 
 def make(folder: Path, tokens: int, seed: int = 0) -> np.ndarray:
     """Write ``tokens`` random uint16 ids as documents of log-normal length, once, and return them, mapped.
 
-    ``packed`` is ours (and Megatron-LM's), ``tokens.pbin`` the original's, ``datatrove/tokens.ds`` datatrove's.
+    ``packed`` is ours (and Megatron-LM's), ``sharded`` the same in 16 shards, ``tokens.pbin`` the original's,
+    ``datatrove/tokens.ds`` datatrove's.
     """
-    if not (folder / "done").is_file():
+    if not (folder / "done").is_file() or not (folder / "sharded").is_dir():
         _write(folder, tokens, seed)
         (folder / "done").touch()
     return np.memmap(folder / "packed" / "00000.bin", "<u2", "r")
@@ -30,9 +33,10 @@ def _write(folder: Path, tokens: int, seed: int) -> None:
     ids = random.integers(1, VOCABULARY, int(lengths.sum()), np.uint16)
     ends = np.cumsum(lengths)
     ids[ends - 1] = END
-    for name in ("packed", "datatrove"):
+    for name in ("packed", "sharded", "datatrove"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    _write_ours(folder / "packed", ids, lengths)
+    _write_ours(folder / "packed", ids, lengths, 1)
+    _write_ours(folder / "sharded", ids, lengths, SHARDS)
     ids.tofile(folder / "datatrove" / "tokens.ds")
     ends.astype("<u8").tofile(folder / "datatrove" / "tokens.ds.index")
     with (folder / "tokens.pbin").open("wb") as stream:
@@ -56,13 +60,19 @@ def _pbin_header(data_bytes: int) -> bytes:
     return struct.pack("<QI", data_bytes, 2)
 
 
-def _write_ours(folder: Path, ids: np.ndarray, lengths: np.ndarray) -> None:
+def _write_ours(folder: Path, ids: np.ndarray, lengths: np.ndarray, shards: int) -> None:
     from modalities_core.files import checksum
     from modalities_data.packed import writing_shard
 
-    with writing_shard(folder, "00000", "uint16") as writer:
-        writer.append(ids, lengths.astype(np.int64), text_bytes=4 * len(ids))
-    _write_manifest(folder, [writer.shard(checksum(folder / "00000.idx"))])
+    made = []
+    first = 0
+    for number, part in enumerate(np.array_split(lengths, shards)):
+        name, behind = f"{number:05d}", first + int(part.sum())
+        with writing_shard(folder, name, "uint16") as writer:
+            writer.append(ids[first:behind], part.astype(np.int64), text_bytes=4 * (behind - first))
+        made.append(writer.shard(checksum(folder / f"{name}.idx")))
+        first = behind
+    _write_manifest(folder, made)
 
 
 def _write_manifest(folder: Path, shards: list) -> None:
@@ -70,7 +80,8 @@ def _write_manifest(folder: Path, shards: list) -> None:
 
     documents = sum(shard.documents for shard in shards)
     manifest = Manifest(
-        dtype="uint16", vocab_size=VOCABULARY, largest_id=VOCABULARY - 1, end_of_document=END,
+        dtype="uint16", vocab_size=VOCABULARY, end_of_document=END,
+        largest_id=max(shard.largest_id for shard in shards),
         tokens=sum(shard.tokens for shard in shards), documents=documents,
         text_bytes=sum(shard.text_bytes for shard in shards), tokenizer=TokenizerRecord("bench", "none", ""),
         accounting=Accounting(documents, documents), shards=shards, producer="bench", options={},

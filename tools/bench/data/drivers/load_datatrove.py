@@ -7,7 +7,7 @@ BEGAN = time.monotonic()
 
 import torch  # noqa: E402
 from datatrove.utils.dataset import DatatroveFolderDataset  # noqa: E402
-from timing import samples_per_second, tell  # noqa: E402
+from timing import BATCH, batches_of, samples_per_second, tell  # noqa: E402
 
 
 def opened(folder, length, **more):
@@ -21,10 +21,14 @@ def samples(folder, length):
     def batch(indices):
         return torch.stack([dataset[int(i)]["input_ids"] for i in indices])
 
+    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=0, drop_last=True)
     rates = {
-        "samples alone": samples_per_second(lambda indices: [dataset[int(i)] for i in indices], len(dataset)),
+        "samples alone, int64": samples_per_second(lambda indices: [dataset[int(i)] for i in indices], len(dataset)),
         "int64 batch": samples_per_second(batch, len(dataset)),
-        "with positions": samples_per_second(lambda indices: [with_positions[int(i)] for i in indices], len(dataset)),
+        "samples alone, int64, with positions": samples_per_second(
+            lambda indices: [with_positions[int(i)] for i in indices], len(dataset)
+        ),
+        "tensors of its loader": samples_per_second(batches_of(loader), len(dataset)),
     }
     return {"rates": rates, "first": dataset[7]["input_ids"].tolist()[:8], "stride": length + 1}
 

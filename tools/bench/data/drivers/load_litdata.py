@@ -8,8 +8,8 @@ import tempfile
 
 import numpy as np
 import torch
-from litdata import StreamingDataset, TokensLoader, optimize
-from timing import samples_per_second, tell
+from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
+from timing import BATCH, batches_of, samples_per_second, tell
 
 TOKENS = 1 << 20
 
@@ -36,11 +36,18 @@ def main(path, length):
             chunk_size=count, item_loader=TokensLoader(block_size=length + 1), num_workers=1,
         )  # fmt: skip
         dataset = StreamingDataset(folder, item_loader=TokensLoader(block_size=length + 1), shuffle=False)
+        loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
         rates = {
-            "samples alone": samples_per_second(lambda indices: [dataset[int(i)] for i in indices], len(dataset)),
+            "samples alone, int32": samples_per_second(
+                lambda indices: [dataset[int(i)] for i in indices], len(dataset)
+            ),
+            "int32 batch": samples_per_second(
+                lambda indices: torch.stack([dataset[int(i)] for i in indices]), len(dataset)
+            ),
             "int64 batch": samples_per_second(
                 lambda indices: torch.stack([dataset[int(i)] for i in indices]).long(), len(dataset)
             ),
+            "tensors of its loader": samples_per_second(batches_of(loader), len(dataset)),
         }
         tell(rates=rates, first=dataset[7].tolist()[:8], stride=length + 1)
 

@@ -53,11 +53,11 @@ def main(repository, prefix, length, cache):
 
     plain, masked = dataset(False), dataset(True)
     rates = {
-        "samples alone": samples_per_second(lambda indices: [plain[int(i)] for i in indices], len(plain)),
+        "samples alone, int64": samples_per_second(lambda indices: [plain[int(i)] for i in indices], len(plain)),
         "int64 batch": samples_per_second(
             lambda indices: torch.stack([plain[int(i)]["tokens"] for i in indices]), len(plain)
         ),
-        "with document masks": samples_per_second(
+        "samples alone, int64, with document masks": samples_per_second(
             lambda indices: [masked[int(i)] for i in indices], len(masked), batch=2
         ),
     }

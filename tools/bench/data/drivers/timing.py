@@ -32,6 +32,21 @@ def samples_per_second(read, length, seconds=SECONDS, batch=BATCH):
     return best
 
 
+def batches_of(loader):
+    """A ``read`` for the batches a loader makes itself, epoch after epoch."""
+    found = iter(())
+
+    def read(_):
+        nonlocal found
+        try:
+            return next(found)
+        except StopIteration:
+            found = iter(loader)
+            return next(found)
+
+    return read
+
+
 def tell(**facts):
     """One line of JSON, the last of the output."""
     print(json.dumps(facts))
