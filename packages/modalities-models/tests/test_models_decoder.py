@@ -279,21 +279,6 @@ def test_overrides_win_and_derived_numbers_follow():
     assert a.vocab_size == PRESETS["nano"]["vocab_size"] and not a.tied_embeddings
 
 
-# Published totals: GPT-2 small, Llama 3 8B, Qwen3 0.6B, TinyLlama 1.1B; ours for the rest.
-@pytest.mark.parametrize(
-    ("preset", "parameters"),
-    [
-        ("gpt2", 124_439_808),
-        ("llama3-8b", 8_030_261_248),
-        ("qwen3-0.6b", 596_049_920),
-        ("llama-1b", 1_100_048_384),
-    ],
-)
-def test_presets_have_the_published_size(preset, parameters):
-    with torch.device("meta"):
-        assert decoder(preset).parameter_count == parameters
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_model(preset):
     with torch.device("meta"):
@@ -302,19 +287,6 @@ def test_every_preset_is_a_model(preset):
         assert model.head(hidden).shape == (1, 4, model.vocab_size)
     assert isinstance(model, Model)
     assert model.parallel_plan().blocks == ("blocks.*",)
-    weights = [p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith(("emb", "pos"))]
-    tied = model.vocab_size * model.architecture.hidden_size if model.architecture.tied_embeddings else 0
-    assert model.architecture.matmul_parameters == sum(weights) + tied
-
-
-def test_flops_by_hand():
-    with torch.device("meta"):
-        gpt2, llama3 = decoder("gpt2"), decoder("llama3-8b")
-    blocks = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
-    assert gpt2.flops_per_token(1024) == 6 * (blocks + 768 * 50257) + 12 * 12 * 12 * 64 * 1024 == 854_438_400
-    blocks = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    assert llama3.flops_per_token(8192) == 6 * (blocks + 4096 * 128256) + 12 * 32 * 32 * 128 * 8192
-    assert llama3.flops_per_token(8192) == pytest.approx(57.9e9, rel=1e-3)
 
 
 def test_components_are_annotated_and_every_argument_is_described():

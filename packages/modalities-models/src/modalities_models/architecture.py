@@ -166,23 +166,6 @@ class Architecture:
         """How many tokens block ``layer``, from 0, sees, the present one included; None is all."""
         return self.attention_windows[layer % len(self.attention_windows)]
 
-    @property
-    def matmul_parameters(self) -> int:
-        """Weights that multiply activations: projections and head, without input embeddings, norms and biases."""
-        attention = 2 * self.hidden_size * self.head_size * (self.heads + self.key_value_heads)
-        matrices = 3 if self.activation in GATED else 2
-        feedforward = matrices * self.hidden_size * self.intermediate_size
-        return self.layers * (attention + feedforward) + self.vocab_size * self.hidden_size
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Training FLOPs per token at ``sequence_length``, forward and backward.
-
-        6 per matmul parameter plus 12 * layers * heads * head_size * sequence_length for attention, causality not
-        discounted (PaLM, arXiv:2204.02311 appendix B). A tied head counts once; the embedding lookup does not.
-        """
-        attention = 12 * self.layers * self.heads * self.head_size * sequence_length
-        return float(6 * self.matmul_parameters + attention)
-
 
 _POSITIVE = (
     "vocab_size",

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import ParallelPlan, World
 from modalities_models.architecture import Architecture
+from modalities_models.counts import flops_per_token
 from modalities_models.head import Head, LinearHead, TiedHead
 from modalities_models.initialization import GivenWeights, Initialization, Kind, Role, Scaled, initial_value
 from modalities_models.nn.attention_implementations import prepare
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
-        return self.architecture.flops_per_token(sequence_length)
+        return flops_per_token(self.architecture, sequence_length)
 
     @property
     def parameter_count(self) -> int:

@@ -13,8 +13,18 @@ from typing import Any
 
 from modalities_core.errors import ConfigError
 from modalities_models.architecture import Architecture, derived_head_size, derived_intermediate_size
+from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 
 _GALORE = {"norm_eps": 1e-6, "vocab_size": 32_000}
+_MISTRAL = {
+    "vocab_size": 32_000,
+    "sequence_length": 32_768,
+    "hidden_size": 4096,
+    "layers": 32,
+    "heads": 32,
+    "key_value_heads": 8,
+    "intermediate_size": 14_336,
+}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -98,6 +108,76 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "rope_theta": 1_000_000.0,
             "query_key_norm": "head",
             "tied_embeddings": True,
+        },
+        # 494M, arXiv:2412.15115.
+        "qwen2.5-0.5b": {
+            "vocab_size": 151_936,
+            "sequence_length": 32_768,
+            "hidden_size": 896,
+            "layers": 24,
+            "heads": 14,
+            "key_value_heads": 2,
+            "intermediate_size": 4864,
+            "norm_eps": 1e-6,
+            "rope_theta": 1_000_000.0,
+            "query_key_value_bias": True,
+            "tied_embeddings": True,
+        },
+        # 1.48B, arXiv:2501.00656.
+        "olmo2-1b": {
+            "vocab_size": 100_352,
+            "sequence_length": 4096,
+            "hidden_size": 2048,
+            "layers": 16,
+            "heads": 16,
+            "intermediate_size": 8192,
+            "norm_eps": 1e-6,
+            "norm_placement": "post",
+            "rope_theta": 500_000.0,
+            "query_key_norm": "projection",
+        },
+        # 2.61B, arXiv:2408.00118.
+        "gemma2-2b": {
+            "vocab_size": 256_000,
+            "sequence_length": 8192,
+            "hidden_size": 2304,
+            "layers": 26,
+            "heads": 8,
+            "key_value_heads": 4,
+            "head_size": 256,
+            "intermediate_size": 9216,
+            "norm_eps": 1e-6,
+            "norm_placement": "sandwich",
+            "activation": "geglu",
+            "attention_windows": (4096, None),
+            "attention_scale": 256**-0.5,
+            "attention_softcap": 50.0,
+            "embedding_multiplier": 2304**0.5,
+            "logit_softcap": 30.0,
+            "tied_embeddings": True,
+        },
+        # 7.24B, arXiv:2310.06825.
+        "mistral-7b": _MISTRAL | {"attention_windows": (4096,)},
+        # 46.7B, of which a token passes through 12.9B, arXiv:2401.04088. As published, so without a balance.
+        "mixtral-8x7b": _MISTRAL
+        | {
+            "rope_theta": 1_000_000.0,
+            "feedforward": MixtureOfExperts(experts=8, experts_per_token=2, intermediate_size=14_336, balance_rate=0.0),
+        },
+        # 30.5B, of which a token passes through 3.3B, arXiv:2505.09388. As published, so without a balance.
+        "qwen3-30b-a3b": {
+            "vocab_size": 151_936,
+            "sequence_length": 40_960,
+            "hidden_size": 2048,
+            "layers": 48,
+            "heads": 32,
+            "key_value_heads": 4,
+            "head_size": 128,
+            "intermediate_size": 6144,
+            "norm_eps": 1e-6,
+            "rope_theta": 1_000_000.0,
+            "query_key_norm": "head",
+            "feedforward": MixtureOfExperts(experts=128, experts_per_token=8, intermediate_size=768, balance_rate=0.0),
         },
     }
 )

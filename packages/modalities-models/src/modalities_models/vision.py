@@ -21,7 +21,7 @@ from modalities_core.errors import ConfigError
 from modalities_models.architecture import Architecture, derived_head_size, derived_intermediate_size, require_positive
 from modalities_models.initialization import Initialization, Scaled, initial_value
 from modalities_models.nn.block import Block
-from modalities_models.nn.feedforward import FeedForwardShape, PlainFeedForward, WeightCount, dense, dense_weights
+from modalities_models.nn.feedforward import FeedForwardCount, FeedForwardShape, PlainFeedForward, dense, dense_count
 from modalities_models.nn.masks import everything
 from modalities_models.nn.norms import norm as make_norm
 from modalities_models.nn.patches import PatchEmbedding
@@ -39,9 +39,9 @@ class ExactGELU:
         made.nonlinearity = F.gelu
         return made
 
-    def weights(self, shape: FeedForwardShape, layer: int) -> WeightCount:
+    def count(self, shape: FeedForwardShape, layer: int) -> FeedForwardCount:
         """Those of the dense one."""
-        return dense_weights(shape)
+        return dense_count(shape)
 
     def check(self, layers: int) -> None:
         """It fits any number of blocks."""

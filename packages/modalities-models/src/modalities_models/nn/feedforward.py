@@ -55,15 +55,19 @@ class FeedForwardShape:
     bias: bool
 
 
-class WeightCount(NamedTuple):
-    """Parameters of one feed-forward.
+class FeedForwardCount(NamedTuple):
+    """What one feed-forward has and keeps.
 
-    total: all elements.
-    active: elements of the matrices that one token passes through; biases are not matrices.
+    total: all parameters.
+    active: parameters that one token passes through.
+    matmul: those of them that are elements of matrices.
+    kept: elements per token that it keeps for the backward pass, its input included.
     """
 
     total: int
     active: int
+    matmul: int
+    kept: int
 
 
 @runtime_checkable
@@ -74,8 +78,8 @@ class FeedForward(Protocol):
         """The module of block ``layer``, from 0: (B, T, D) to (B, T, D)."""
         ...
 
-    def weights(self, shape: FeedForwardShape, layer: int) -> WeightCount:
-        """How many parameters that module has."""
+    def count(self, shape: FeedForwardShape, layer: int) -> FeedForwardCount:
+        """What that module has and keeps."""
         ...
 
     def check(self, layers: int) -> None:
@@ -118,9 +122,11 @@ def dense(shape: FeedForwardShape) -> GatedFeedForward | PlainFeedForward:
     return kind(shape.hidden_size, shape.intermediate_size, shape.activation, shape.bias)
 
 
-def dense_weights(shape: FeedForwardShape) -> WeightCount:
-    """How many parameters the dense feed-forward has."""
+def dense_count(shape: FeedForwardShape) -> FeedForwardCount:
+    """What the dense feed-forward has and keeps."""
     gated = shape.activation in GATED
     matrices = (3 if gated else 2) * shape.hidden_size * shape.intermediate_size
     biases = (1 + gated) * shape.intermediate_size + shape.hidden_size if shape.bias else 0
-    return WeightCount(matrices + biases, matrices)
+    # Of the gate its product and its activation, then up, then what down multiplies; without a gate the outer two.
+    kept = shape.hidden_size + (4 if gated else 2) * shape.intermediate_size
+    return FeedForwardCount(matrices + biases, matrices + biases, matrices, kept)

@@ -15,6 +15,7 @@ Shape suffixes: B batch, T tokens, N = B * T, D hidden size, E experts, K expert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,10 +28,10 @@ from modalities_core.interfaces import World
 from modalities_models.nn.feedforward import (
     GATED,
     NONLINEARITY,
+    FeedForwardCount,
     FeedForwardShape,
-    WeightCount,
     dense,
-    dense_weights,
+    dense_count,
 )
 from modalities_models.nn.grouped_linear import grouped_linear
 
@@ -96,16 +97,21 @@ class MixtureOfExperts:
         """The feed-forward of block ``layer``: a mixture, or the dense one where that is asked for."""
         return dense(shape) if layer in self.dense_layers else SparseFeedForward(self, shape)
 
-    def weights(self, shape: FeedForwardShape, layer: int) -> WeightCount:
-        """How many parameters it has."""
+    def count(self, shape: FeedForwardShape, layer: int) -> FeedForwardCount:
+        """What it has and keeps."""
         if layer in self.dense_layers:
-            return dense_weights(shape)
-        expert = dense_weights(self.expert_shape(shape)).active
-        router = self.experts * shape.hidden_size
-        always = router + (shape.hidden_size if self.shared_gate else 0)
+            return dense_count(shape)
+        expert, outer = dense_count(self.expert_shape(shape)), shape.hidden_size
+        always = self.experts * outer
+        # The input, the scores, and for each of a token's experts what it is given, makes of it and gives back.
+        kept = outer + self.experts + self.experts_per_token * (expert.kept + outer)
         if self.shared_intermediate_size is not None:
-            always += dense_weights(self.shared_shape(shape)).active
-        return WeightCount(always + self.experts * expert, always + self.experts_per_token * expert)
+            shared = dense_count(self.shared_shape(shape))
+            always, kept = always + shared.total, kept + shared.kept - outer
+        if self.shared_gate:
+            always, kept = always + outer, kept + outer
+        active = always + self.experts_per_token * expert.total
+        return FeedForwardCount(always + self.experts * expert.total, active, active, kept)
 
     def check(self, layers: int) -> None:
         """Raise ConfigError if ``dense_layers`` names a block that a model of ``layers`` blocks does not have."""
@@ -147,7 +153,7 @@ class Router(nn.Module):
     def forward(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) to the weights and numbers of each token's experts: (N, K) float32 or wider, (N, K) int64."""
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with _without_autocast(hidden_ND.device.type):
             logits_NE = F.linear(hidden_ND.to(dtype), self.weight.to(dtype))
         scores_NE = logits_NE.softmax(-1) if self.mixture.score == "softmax" else logits_NE.sigmoid()
         ranked_NE = scores_NE if self.balance is None else scores_NE + self.balance
@@ -205,6 +211,11 @@ class SparseFeedForward(nn.Module):
         given_RD = grouped_linear(inner, self.down, ends_E)
         given_NKD = _Gather.apply(given_RD, place_R, order_R, 1).view(*weights_NK.shape, -1)
         return torch.bmm(weights_NK.to(given_RD.dtype)[:, None], given_NKD)[:, 0]
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    # The meta device has no autocast to turn off.
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class _Gather(torch.autograd.Function):
