@@ -28,9 +28,9 @@ from modalities_data.packed_writer import CHECKSUM_BLOCK
 Verify = Literal["background", "none"]
 """Whether the checksums of a packed folder are checked beside its use."""
 
-AT_ONCE_BYTES = 128 << 20
+AT_ONCE_BYTES = 128_000_000
 """A folder of so many bytes is checked whole before its first use: some hundredths of a second."""
-BYTES_PER_SECOND = 256 << 20
+BYTES_PER_SECOND = 256_000_000
 """How fast a larger one is read: a few hundredths of a core, and a share of any disk."""
 READ_BYTES = 1 << 20
 STAMP_DAYS = 30
