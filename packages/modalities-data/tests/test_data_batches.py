@@ -310,3 +310,15 @@ def test_several_micro_batches_are_read_at_once(monkeypatch, together) -> None:
             assert torch.equal(batch.tokens_BT, first * 10 + torch.arange(4))
             assert torch.equal(batch.weights_BT, first + torch.arange(4) / 8)
             assert batch.segments_BT.tolist() == [[0, 0, 1, 1]] * micro
+
+
+def test_micro_batches_are_a_sequence_whose_items_are_made_when_asked_for() -> None:
+    batches = ShuffledBatches(Counting(50), Place(), 8, 2).micro_batches(0)
+    whole = [batch.tokens_BT.tolist() for batch in batches]
+    assert len(batches) == len(whole) == 4
+    assert [batches[number - 4].tokens_BT.tolist() for number in range(4)] == whole
+    assert [batch.tokens_BT.tolist() for batch in batches[1:3]] == whole[1:3]
+    batches[0].tokens_BT.zero_()  # one's own tensors: what is read stays as it is
+    assert batches[0].tokens_BT.tolist() == whole[0]
+    with pytest.raises(IndexError):
+        batches[4]

@@ -18,9 +18,9 @@ import torch
 import xxhash
 
 from modalities_core.errors import CheckpointError, ConfigError
-from modalities_core.interfaces import Batch, Dataset, Samples, World
+from modalities_core.interfaces import Batch, Dataset, World
 from modalities_core.progress import accumulation
-from modalities_data.loading.tensors import CopiedAhead, as_batch, check_positive
+from modalities_data.loading.tensors import CopiedAhead, MadeWhenAsked, check_positive
 from modalities_data.order import ORDER_VERSION, check_seed, shuffled
 
 STATE_VERSION = 1
@@ -52,7 +52,7 @@ class _StepBatches(ABC):
         self._first = world.data_rank * (samples_per_step // world.data_size)
         self._device = world.device
         self._reader = ThreadPoolExecutor(1, "batches")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead: tuple[int, Future[Sequence[Batch]]] | None = None
         self._next_step = 0
         self._stream: torch.cuda.Stream | None = None
 
@@ -104,20 +104,16 @@ class _StepBatches(ABC):
             )
         self._next_step = steps
 
-    def _compute(self, step: int) -> list[Batch]:
-        share = self._accumulation * self._micro_batch_size
+    def _compute(self, step: int) -> Sequence[Batch]:
+        share, size = self._accumulation * self._micro_batch_size, self._micro_batch_size
         first = step * self.samples_per_step + self._first
         indices = self._order(np.arange(first, first + share, dtype=np.int64))
-        pinned, size = self._device.type == "cuda", self._micro_batch_size
         together = size * max(1, GATHERED_TOGETHER // size)
-        batches = []
-        for start in range(0, share, together):
-            tokens, *others = self._dataset.gather(indices[start : start + together])
-            for row in range(0, len(tokens), size):
-                rows = slice(row, row + size)
-                part = Samples(tokens[rows], *(None if values is None else values[rows] for values in others))
-                batches.append(as_batch(part, None, pinned))
-        return batches
+        read = [self._dataset.gather(indices[start : start + together]) for start in range(0, share, together)]
+        pinned = self._device.type == "cuda"
+        batches = MadeWhenAsked(read, size, pinned)
+        # Into pinned memory on this thread, so that the one that launches kernels never waits for it.
+        return list(batches) if pinned else batches
 
     @abstractmethod
     def _order(self, places: np.ndarray) -> np.ndarray:

@@ -41,6 +41,40 @@ def _tensor(values: np.ndarray | None, dtype: type, pinned: bool) -> torch.Tenso
     return tensor.pin_memory() if pinned else tensor
 
 
+class MadeWhenAsked(Sequence[Batch]):
+    """Micro batches out of samples that are read: tensors only while one is used, in memory that is still in a cache.
+
+    Args:
+        read: samples, in each a whole number of micro batches, and in all but the last the same.
+        size: samples of a micro batch.
+        pinned: whether tensors lie in pinned memory.
+    """
+
+    def __init__(self, read: Sequence[Samples], size: int, pinned: bool) -> None:
+        """Make nothing yet."""
+        self._read, self._size, self._pinned = read, size, pinned
+        self._per_read = len(read[0].tokens) // size
+        self._count = sum(len(samples.tokens) for samples in read) // size
+
+    def __len__(self) -> int:
+        """How many micro batches there are."""
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        """A micro batch on the host, in tensors of its own each time."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        of_read, place = divmod(range(len(self))[index], self._per_read)
+        rows = slice(place * self._size, (place + 1) * self._size)
+        tokens, *others = self._read[of_read]
+        some = Samples(tokens[rows], *(None if values is None else values[rows] for values in others))
+        return as_batch(some, None, self._pinned)
+
+
 class CopiedAhead(Sequence[Batch]):
     """Micro batches on a GPU: while one is computed, the next is copied, on a stream of its own."""
 
