@@ -183,6 +183,17 @@ def test_the_layout_is_told(saved):
     assert len(layout) == 7 + 6 * 3
 
 
+def test_tensors_of_the_model_can_be_read_one_by_one(saved):
+    folder, model, _ = saved
+    read = Sharded().model_reader(folder)
+    for name, value in model.state_dict().items():
+        assert torch.equal(read(name), value) and read(name).dtype == value.dtype
+    with pytest.raises(CheckpointError, match="has no tensor 'head'"):
+        read("head")
+    with pytest.raises(CheckpointError, match="no .metadata"):
+        Sharded().model_reader(folder.parent)
+
+
 def test_torch_itself_reads_what_is_written(saved):
     folder, model, optimizer = saved
     target = {"model.0.weight": torch.zeros(4, 3), "optimizer.0.weight.exp_avg": torch.zeros(4, 3)}

@@ -6,6 +6,7 @@ configuration does not wait for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,6 +45,18 @@ class Sharded:
         from modalities_parallel.checkpoint import transfer
 
         transfer.load(folder, model, optimizer)
+
+    def model_reader(self, folder: Path) -> Callable[[str], torch.Tensor]:
+        """A function from a parameter's or buffer's name to its whole value on the CPU, read when it is asked for.
+
+        For exports: one process reads a checkpoint of any number of ranks with one tensor in memory at a time.
+
+        Raises:
+            CheckpointError: the metadata is missing or damaged; the function raises it for a name that is not there.
+        """
+        from modalities_parallel.checkpoint import transfer
+
+        return transfer.model_reader(folder)
 
     def tensors(self, folder: Path) -> Layout:
         """Name, global shape and dtype of every tensor in the checkpoint, from its metadata alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -63,6 +63,24 @@ def load(folder: Path, model: Model, optimizer: torch.optim.Optimizer | None) ->
         tensors = model_tensors(module) | optimizer_tensors(names, optimizer)
         _read_checked(folder, content, saved, tensors)
         take_numbers(names, optimizer, tensors)
+
+
+def model_reader(folder: Path) -> Callable[[str], Tensor]:
+    """:meth:`modalities_parallel.checkpoint.sharded.Sharded.model_reader`."""
+    content = metadata.read(folder)
+    saved = metadata.layout(content)
+
+    def read(name: str) -> Tensor:
+        if MODEL + name not in saved:
+            raise CheckpointError(f"the checkpoint in {folder} has no tensor {name!r}")
+        shape, dtype = saved[MODEL + name]
+        value = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+        reader = Reader(folder, content)
+        with _one_failure():
+            dcp.load({MODEL + name: value}, storage_reader=reader, planner=TensorPlanner(None), no_dist=True)
+        return value
+
+    return read
 
 
 def _read_checked(folder: Path, content: Metadata, saved: Layout, tensors: dict[str, Tensor]) -> None:
