@@ -85,7 +85,8 @@ class Objective:
         gradient_NV = exponentials_NV.mul_(factor_N1)
         if share:
             gradient_NV.sub_(weights_N1 * (share / logits_NV.shape[1]))
-        gradient_NV.scatter_add_(1, targets_N1, weights_N1 * (share - 1))
+        # Not scatter_add_, whose order of additions on a GPU is nobody's promise.
+        gradient_NV.scatter_(1, targets_N1, gradient_NV.gather(1, targets_N1) + weights_N1 * (share - 1))
         return torch.dot(losses_N1.squeeze(1), weights_N)
 
 
