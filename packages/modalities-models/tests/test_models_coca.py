@@ -230,6 +230,15 @@ def test_the_loss_is_two_parts_of_captions_and_one_of_comparison():
     assert unweighted.tokens == B * T
 
 
+def test_what_is_reported_is_the_loss_without_smoothing():
+    model, b = coca(), batch()
+    output, plain = output_of(model, b), CoCaLoss(One())
+    assert plain.evaluation is plain
+    smoothed = CoCaLoss(One(), CrossEntropy(label_smoothing=0.1))
+    assert smoothed(output, model.head, b).loss != plain(output, model.head, b).loss
+    assert smoothed.evaluation(output, model.head, b).loss == plain(output, model.head, b).loss
+
+
 def test_the_loss_is_float32_under_autocast():
     images, texts = (nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
     scale, weights = torch.tensor([50.0]), torch.ones(6)

@@ -56,6 +56,14 @@ class CoCaLoss:
         self.captioning_weight = captioning_weight
         self.contrastive_weight = contrastive_weight
 
+    @property
+    def evaluation(self) -> CoCaLoss:
+        """The same with the captioning loss by which that one is judged; its exponential is no perplexity of text."""
+        judged: Loss = getattr(self.captioning, "evaluation", self.captioning)
+        if judged is self.captioning:
+            return self
+        return CoCaLoss(self.world, judged, self.captioning_weight, self.contrastive_weight)
+
     def __call__(self, hidden_BTD: Tensor | CoCaOutput, head: nn.Module, batch: Batch) -> LossSum:
         """The summed loss of a micro batch and the sum of its weights; collective.
 
