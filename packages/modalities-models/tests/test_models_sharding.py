@@ -20,6 +20,7 @@ from torch.distributed.tensor import distribute_tensor
 from modalities_core.interfaces import Batch
 from modalities_models.decoder import decoder
 from modalities_models.losses import CrossEntropy
+from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 from modalities_models.losses.projection import projection
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -28,7 +29,14 @@ dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world
 ARGUMENTS = dict(vocab_size=61, sequence_length=8, hidden_size=32, layers=2, heads=4, key_value_heads=2)
 tokens = torch.randint(61, (4, 9), generator=torch.Generator().manual_seed(0))
 weights = torch.rand(4, 8, generator=torch.Generator().manual_seed(1))
-BLOCKS = {"rope": {}, "absolute": dict(positions="absolute", norm="layer", bias=True)}
+# Five experts do not divide by two ranks: each of them has some whole ones.
+MIXTURE = MixtureOfExperts(experts=5, experts_per_token=2, intermediate_size=24, shared_intermediate_size=8)
+BLOCKS = {
+    "rope": {},
+    "absolute": dict(positions="absolute", norm="layer", bias=True),
+    "gemma": dict(norm_placement="sandwich", activation="geglu", logit_softcap=4.0, vocab_multiple=16),
+    "mixture": dict(norm_placement="post", query_key_norm="projection", feedforward=MIXTURE),
+}
 
 
 def backward(model, rows, chunk):
@@ -49,6 +57,9 @@ def sharded(arguments, policy):
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, values in model.initial_values():
+            if name in dict(model.named_buffers()):
+                model.get_buffer(name).copy_(values)
+                continue
             parameter = model.get_parameter(name)
             parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))
     return model
@@ -65,6 +76,11 @@ def compare(arguments, chunk, policy, tolerance):
     total = torch.stack([mine.loss.detach(), mine.tokens])
     dist.all_reduce(total)
     torch.testing.assert_close(total, torch.stack([wanted.loss.detach(), wanted.tokens]), rtol=tolerance, atol=0)
+    for name, load in whole.named_buffers():
+        if name.endswith("load"):
+            counted = model.get_buffer(name).clone()
+            dist.all_reduce(counted)
+            assert torch.equal(counted, load) or policy is mixed, name
     largest = max(parameter.grad.norm() for parameter in whole.parameters())
     for name, parameter in whole.named_parameters():
         # FSDP2 averages over ranks; ours is the gradient of the sum.

@@ -31,17 +31,18 @@ from modalities_core.interfaces import ParallelPlan, World
 from modalities_models.architecture import Architecture
 from modalities_models.counts import flops_per_token
 from modalities_models.head import Head, LinearHead, TiedHead
-from modalities_models.initialization import GivenWeights, Initialization, Kind, Role, Scaled, initial_value
+from modalities_models.initialization import GivenWeights, Initialization, Scaled, initial_value
 from modalities_models.nn.attention_implementations import prepare
 from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.feedforward import FeedForward
 from modalities_models.nn.masks import causal, positions
 from modalities_models.nn.mixture_of_experts import Router, balance
-from modalities_models.nn.norms import RMSNorm, norm
+from modalities_models.nn.norms import norm
 from modalities_models.nn.rope import rotation
 from modalities_models.nn.rope_scaling import RopeScaling
 from modalities_models.presets import resolve
+from modalities_models.roles import roles
 
 
 class Decoder(nn.Module):
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
             self.norm = norm(a.norm, a.hidden_size, a.norm_eps, a.bias)
             self.head: Head = _head(a, self.embedding)
         # Noted now, because wrappers around modules may rename or shard parameters later.
-        self._roles = {name: (tuple(parameter.shape), _role(self, name)) for name, parameter in self.named_parameters()}
+        self._roles = roles(self)
         self._balanced = tuple(part for part in self.modules() if isinstance(part, Router) and part.balance is not None)
         self._buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
         if device.type != "meta":
@@ -152,6 +153,15 @@ class Decoder(nn.Module):
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's and buffer's name and whole initial value, float32 on the CPU; the same on every rank."""
+        given: set[str] = set()
+        for name, value in self._parameter_values():
+            given.add(name)
+            yield name, value
+        for name, shape in self._buffer_shapes.items():
+            if name not in given:
+                yield name, torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+    def _parameter_values(self) -> Iterator[tuple[str, Tensor]]:
         a, initialization = self.architecture, self.initialization
         if isinstance(initialization, GivenWeights):
             yield from initialization.values(a)
@@ -163,8 +173,6 @@ class Decoder(nn.Module):
                 yield name, F.pad(drawn, (0, 0, 0, shape[0] - a.vocab_size))
             else:
                 yield name, initial_value(name, shape, role, initialization, self.seed)
-        for name, shape in self._buffer_shapes.items():
-            yield name, torch.zeros(shape, dtype=torch.float32, device="cpu")
 
     def finish_step(self, world: World) -> None:
         """Even out the experts' loads after an optimizer step; see ``modalities_core.interfaces.FinishesSteps``."""
@@ -197,25 +205,6 @@ def _head(architecture: Architecture, embedding: nn.Embedding) -> Head:
     if a.tied_embeddings:
         return TiedHead(embedding, a.vocab_size, a.logit_multiplier, a.logit_softcap)
     return LinearHead(a.stored_vocab_size, a.hidden_size, a.vocab_size, a.logit_multiplier, a.logit_softcap)
-
-
-def _role(model: Decoder, name: str) -> Role:
-    """The part the parameter called ``name`` plays."""
-    owner, _, leaf = name.rpartition(".")
-    layers = model.architecture.layers
-    layer = int(owner.split(".")[1]) + 1 if owner.startswith("blocks.") else 0
-    kinds: dict[str, Kind] = {"embedding": "embedding", "positions": "position", "head": "head"}
-    if leaf == "bias":
-        return Role("bias", layer, layers)
-    if isinstance(model.get_submodule(owner), RMSNorm | nn.LayerNorm):
-        return Role("scale", layer, layers)
-    # Experts are parameters themselves, other projections are modules with a weight.
-    part = name.removesuffix(".weight")
-    if part.endswith(("attention.output", "feedforward.down", "feedforward.shared.down")):
-        return Role("residual", layer, layers)
-    if part.endswith(("feedforward.router", "feedforward.shared_gate")):
-        return Role("router", layer, layers)
-    return Role(kinds.get(owner, "projection"), layer, layers)
 
 
 def decoder(

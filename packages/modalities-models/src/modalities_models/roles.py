@@ -1,4 +1,4 @@
-"""The part each parameter of a module plays, read from its name: for models made of several stacks of blocks."""
+"""The part each parameter of a model plays, read from its name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from modalities_models.initialization import Kind, Role
 from modalities_models.nn.norms import RMSNorm
 
-RESIDUAL = ("attention.output", "feedforward.down")
-"""Owners, by the ends of their names, of projections whose output is added to the residual stream."""
+RESIDUAL = ("attention.output", "feedforward.down", "feedforward.shared.down")
+"""How names of projections end whose output is added to the residual stream."""
+ROUTER = ("feedforward.router", "feedforward.shared_gate")
+"""How names of products end that route or gate."""
 
 
 def roles(module: nn.Module) -> dict[str, tuple[tuple[int, ...], Role]]:
@@ -41,13 +43,17 @@ def _role(module: nn.Module, name: str) -> Role:
 
 
 def _kind(owner: str, leaf: str, inside: bool) -> Kind:
-    if leaf == "position_embedding":
+    if leaf == "position_embedding" or owner.endswith("positions"):
         return "position"
     if leaf.endswith("_embedding") or owner.endswith("embedding"):
         return "embedding"
     if owner.endswith("head"):
         return "head"
-    return "residual" if inside and owner.endswith(RESIDUAL) else "projection"
+    # Experts are parameters themselves, other projections are modules with a weight.
+    part = owner if leaf == "weight" else f"{owner}.{leaf}"
+    if inside and part.endswith(ROUTER):
+        return "router"
+    return "residual" if inside and part.endswith(RESIDUAL) else "projection"
 
 
 def _place(module: nn.Module, owner: str) -> tuple[int, int]:

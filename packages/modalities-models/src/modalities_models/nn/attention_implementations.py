@@ -117,7 +117,7 @@ def prepare(mask: Mask, architecture: Architecture, hidden_BTD: Tensor, model: n
         ConfigError: gradients are wanted and the named implementation cannot do it.
     """
     a, device = architecture, hidden_BTD.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden_BTD.dtype
     dropout = a.dropout if model.training else 0.0
     for window in dict.fromkeys(a.attention_windows):
