@@ -163,7 +163,7 @@ def test_decoding_is_what_the_forward_pass_computes():
     assert seen.shape == (B, 4, 24)
     torch.testing.assert_close(images, output_of(model, b).images_BE)
     torch.testing.assert_close(model.decode(b.tokens_BT, seen), hidden)
-    caches = model.new_caches()
+    caches = model.caption_caches()
     pieces = [model.decode(part, seen, caches) for part in b.tokens_BT.split([2, 1, 1, 2], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), hidden)
 
@@ -319,7 +319,7 @@ def test_impossible_numbers_are_refused(arguments, message):
 
 def test_what_does_not_fit_is_refused():
     model, b = coca(), batch()
-    with pytest.raises(ConfigError, match="the data has none"):
+    with pytest.raises(ConfigError, match="there are none"):
         model(b.tokens_BT)
     with pytest.raises(ConfigError, match="takes 3 x 8 x 8"):
         model(b.tokens_BT, images_BCHW=b.images_BCHW[:, :1])

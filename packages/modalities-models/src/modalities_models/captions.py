@@ -39,7 +39,7 @@ def generate_captions(
     model.eval()
     try:
         seen_BQD, _ = model.encode_images(images_BCHW)
-        caches = model.new_caches()
+        caches = model.caption_caches()
         latest_B1 = torch.full((images_BCHW.shape[0], 1), end_of_document, device=images_BCHW.device)
         written: list[Tensor] = []
         ended_B1 = torch.zeros_like(latest_B1, dtype=torch.bool)

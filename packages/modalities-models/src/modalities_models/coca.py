@@ -174,8 +174,9 @@ class CoCa(nn.Module):
         """
         if images_BCHW is None:
             raise ConfigError(
-                "a contrastive captioner looks at images, and the data has none",
-                hint="take a dataset of images and captions, such as dataset.image_text",
+                "a contrastive captioner looks at images, and there are none",
+                hint="train it on images and captions, such as dataset.image_text has; "
+                "modalities_models.captions.generate_captions describes images",
                 about=self,
             )
         seen_BQD, images_BE = self.encode_images(images_BCHW)
@@ -202,7 +203,7 @@ class CoCa(nn.Module):
         Args:
             tokens_BT: (B, T) int64; with caches, those that follow what the caches hold.
             seen_BQD: from ``encode_images``.
-            caches: one per block, from ``new_caches``; extended by these tokens.
+            caches: one per block, from ``caption_caches``; extended by these tokens.
         """
         past = caches[0].length if caches else 0
         mask = causal(tokens_BT, past)
@@ -214,7 +215,7 @@ class CoCa(nn.Module):
             hidden_BTD = block(hidden_BTD, seen_BQD, mask, cache)
         return self.norm(hidden_BTD)
 
-    def new_caches(self) -> list[KeyValueCache]:
+    def caption_caches(self) -> list[KeyValueCache]:
         """Empty caches for ``decode``, one per block."""
         return [KeyValueCache(self.sequence_length) for _ in range(self.architecture.layers)]
 
