@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path, fresh: bool = 
     world = trainer.world
     try:
         if world.rank == 0:
+            show_choices()
             folder.mkdir(parents=True, exist_ok=True)
             describe(folder, graph.document, world.size)
         return trainer.run(folder, fresh=fresh, config_hash=config_hash(graph.document))
@@ -66,3 +68,19 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path, fresh: bool = 
         del trainer, graph
         gc.collect()
         world.close()
+
+
+class _Said(logging.Handler):
+    """Prints records on standard error as it is at that moment: a progress bar may have put itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        click.echo(self.format(record), err=True)
+
+
+def show_choices() -> None:
+    """From now on show what the packages log of their choices, such as the implementation of attention."""
+    logger = logging.getLogger("modalities")
+    if not any(isinstance(handler, _Said) for handler in logger.handlers):
+        logger.addHandler(_Said())
+        logger.setLevel(logging.INFO)
