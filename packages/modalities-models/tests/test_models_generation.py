@@ -9,12 +9,15 @@ from torch import nn
 from modalities_core.errors import ConfigError, NumericalError
 from modalities_models.decoder import decoder
 from modalities_models.generation import NewToken, Sampling, generate, generate_batch
+from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 
 TINY = {"vocab_size": 37, "sequence_length": 12, "hidden_size": 32, "layers": 2, "heads": 4}
 VARIANTS = {
     "rope": {"key_value_heads": 2, "query_key_norm": "head"},
     "absolute": {"positions": "absolute", "norm": "layer", "activation": "gelu", "tied_embeddings": True},
     "none": {"positions": "none"},
+    "experts": {"feedforward": MixtureOfExperts(experts=4, experts_per_token=2, intermediate_size=16)},
+    "capped": {"attention_softcap": 5.0, "logit_softcap": 30.0, "attention_scale": 0.2, "norm_placement": "sandwich"},
 }
 
 
