@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from modalities_models.decoder import Decoder
+from modalities_models.huggingface.loading import Checkpoint
+from modalities_models.initialization import Scaled
+
 WORDS = ("the", "cat", "dog", "sees", "likes", "a", "bird", "tree", "red", "small", "old", "house")
 QUESTIONS, CHOICES = 40, 4
 
@@ -74,7 +78,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for _ in range(QUESTIONS)
     ]
-    texts = [{"text": words(draw.randint(5, 30))} for _ in range(12)]
+    texts = [{"text": words(draw.randint(5, 20))} for _ in range(12)]
     for name, rows in {"questions": questions, "texts": texts}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "choice.yaml").write_text(f"""
@@ -123,15 +127,8 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def log_probabilities(folder: Path):
-    """Of the tokens after the first, by our own decoder: (ids) to (ids - 1) values, float64."""
-    from modalities_models.decoder import Decoder
-    from modalities_models.huggingface.loading import Checkpoint
-    from modalities_models.initialization import Scaled
-
-    checkpoint = Checkpoint(folder)
-    model = Decoder(checkpoint.architecture, Scaled())
-    model.load_state_dict(dict(checkpoint.tensors()))
+def log_probabilities(model):
+    """Of the tokens after the first, by a decoder of ours: (ids) to (ids - 1) values, computed in float64."""
     model.double().eval()
 
     @torch.no_grad()
@@ -143,24 +140,29 @@ def log_probabilities(folder: Path):
     return of
 
 
-def encoded(text: str) -> list[int]:
-    return [WORDS.index(word) + 2 for word in text.split()]
-
-
-def accuracy(folder: Path, tasks: Path) -> float:
+def accuracy(of, start: list[int], encode, tasks: Path) -> float:
     """How often the likeliest continuation of all is the right one."""
-    of, right = log_probabilities(folder), 0
+    right = 0
     for row in read(tasks / "questions.jsonl"):
-        scores = [sum(of(encoded(f"{row['question']} {it}"))[-len(encoded(it)) :]) for it in row["choices"]]
+        question = [*start, *encode(row["question"])]
+        scores = [sum(of(question + encode(f" {it}"))[len(question) - 1 :]) for it in row["choices"]]
         right += scores.index(max(scores)) == row["answer"]
     return right / QUESTIONS
 
 
-def bits_per_byte(folder: Path, tasks: Path) -> float:
+def bits_per_byte(of, start: list[int], encode, tasks: Path) -> float:
     """Of whole texts that follow the end of another."""
-    of, texts = log_probabilities(folder), [row["text"] for row in read(tasks / "texts.jsonl")]
-    nats = -sum(sum(of([1, *encoded(text)])) for text in texts)
+    texts = [row["text"] for row in read(tasks / "texts.jsonl")]
+    nats = -sum(sum(of([*start, *encode(text)])) for text in texts)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def bytes_of(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def words_of(text: str) -> list[int]:
+    return [WORDS.index(word) + 2 for word in text.split()]
 
 
 @pytest.mark.slow
@@ -171,13 +173,40 @@ def test_figures_are_those_of_our_own_logits(hugging_face: Path, tasks: Path, tm
     done = evaluate(tmp_path, hugging_face, "--tasks", names, "--include-path", tasks, "--out", out, "--batch-size", 3)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    wanted = accuracy(hugging_face, tasks)
+    checkpoint = Checkpoint(hugging_face)
+    model = Decoder(checkpoint.architecture, Scaled())
+    model.load_state_dict(dict(checkpoint.tensors()))
+    of = log_probabilities(model)
+    wanted = accuracy(of, [], words_of, tasks)
     assert 0.1 < wanted < 0.9
     assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(wanted, abs=1e-9)
-    bits = bits_per_byte(hugging_face, tasks)
+    bits = bits_per_byte(of, [1], words_of, tasks)
     assert found["results"]["tiny_text"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
     assert found["n-samples"]["tiny_choice"] == {"original": QUESTIONS, "effective": QUESTIONS}
     assert "tiny_choice" in done.stdout and f"{wanted:.4f}" in done.stdout and f"{bits:.4f}" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_asked_as_it_was_trained(modalities, root: Path, tasks: Path, tmp_path: Path) -> None:
+    """Its texts follow the end of another document, and its figures are those of its newest checkpoint."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from modalities_cli.wiring import open_run, trained_model
+
+    run, out = tmp_path / "run", tmp_path / "figures.json"
+    config = root / "config_files" / "config_lorem_ipsum.yaml"
+    options = ["settings.steps=3", "trainer.schedule={component: schedule.constant}", "trainer.evaluations=[]"]
+    done = modalities("run", config, "--folder", run, *options)
+    assert done.returncode == 0, done.stderr
+    done = evaluate(tmp_path, run, "--tasks", "tiny_choice,tiny_text", "--include-path", tasks, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "the model of step 3 as a LlamaForCausalLM" in done.stderr
+    found = json.loads(out.read_text())["results"]
+    model, _ = trained_model(open_run(run), run)
+    of, start = log_probabilities(model), [256]
+    assert found["tiny_choice"]["acc,none"] == pytest.approx(accuracy(of, start, bytes_of, tasks), abs=1e-9)
+    # lm-eval gives whole texts a first token and counts the one that the tokenizer writes after it, of any model.
+    bits = bits_per_byte(of, start * 2, bytes_of, tasks)
+    assert found["tiny_text"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -44,8 +44,8 @@ def evaluate(
 ) -> None:
     """Measure the model in SOURCE by tasks of EleutherAI's lm-eval.
 
-    SOURCE is a run's folder, a checkpoint of one, or a Hugging Face folder. A run is exported to a temporary folder
-    first, so the figures are those that anybody gets with lm-eval on the exported model.
+    SOURCE is a run's folder, a checkpoint of one, or a Hugging Face folder. A run is exported first, to a folder
+    under TMPDIR that is removed afterwards, so the figures are those that anybody gets with lm-eval on the export.
 
     Needs `pip install "modalities-cli[eval]"`. Nothing is downloaded unless a task's own data lies on the hub.
 
@@ -162,22 +162,35 @@ def _loaded(manager: TaskManager, name: str) -> list[Any]:
 
 @contextmanager
 def exported(source: Path) -> Iterator[Path]:
-    """A Hugging Face folder with the model in ``source``; for a run a temporary one.
+    """A Hugging Face folder with the model in ``source``; for a run or a checkpoint a temporary one, verified.
 
     Raises:
         ConfigError: there is no model, or none that a class of transformers can express.
+        CheckpointError: there is no valid checkpoint.
     """
+    from tempfile import TemporaryDirectory
+
+    from modalities_cli.wiring import run_of
     from modalities_core.errors import ConfigError
 
-    if (source / "config.json").is_file():
+    if run_of(source) is not None:
+        from modalities_cli.export import export_run
+
+        with TemporaryDirectory(prefix="modalities-eval-") as place:
+            done = export_run(source, Path(place) / "model")
+            for warning in done.warnings:
+                click.echo(f"warning: {warning}", err=True)
+            click.echo(f"{source}: the model of step {done.step} as a {done.class_name}", err=True)
+            yield Path(place) / "model"
+    elif (source / "config.json").is_file():
         if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise ConfigError(f"{source} has no tokenizer", hint="copy the tokenizer's files beside config.json")
         yield source
-        return
-    raise ConfigError(
-        f"{source} is not the folder of a run, a checkpoint of one, or a Hugging Face model",
-        hint="`modalities run` makes a run; a Hugging Face model is a folder on this machine with a config.json",
-    )
+    else:
+        raise ConfigError(
+            f"{source} is not the folder of a run, a checkpoint of one, or a Hugging Face model",
+            hint="`modalities run` makes a run; a Hugging Face model is a folder on this machine with a config.json",
+        )
 
 
 def measured(
