@@ -60,6 +60,7 @@ class Rows:
         # Rows from first to behind lie inside their file, those up to the next first run on into other files.
         self._bounds = np.minimum(np.stack([first, behind], 1).ravel(), self._count)
         self._kept: dict[int, np.ndarray] = {}
+        self._addresses = np.zeros(len(lengths), np.int64)
         self._view = (np.empty((0, width), dtype), np.full(len(self._bounds) + 1, ABSENT))
         self._lock = threading.Lock()
 
@@ -114,15 +115,16 @@ class Rows:
             missing = [(file, self._stored(file)) for file in files if file not in self._kept]
             found = {file: values for file, values in missing if values is not None and len(values)}
             if found:
-                # Kept first: no address below may ever outlive its mapping.
+                # Kept for as long as this object: no address in the view may outlive its mapping.
                 self._kept |= found
+                self._addresses[list(found)] = [values.ctypes.data for values in found.values()]
                 self._view = self._spanning()
 
     def _spanning(self) -> tuple[np.ndarray, np.ndarray]:
         """A view over the addresses of all kept files, and what to add to a row's start to have its place there."""
         size = self._dtype.itemsize
-        files = np.fromiter(self._kept, np.int64, len(self._kept))
-        addresses = np.array([values.ctypes.data for values in self._kept.values()], np.int64)
+        files = self._addresses.nonzero()[0]
+        addresses = self._addresses[files]
         origin = int(addresses.min())
         behind = int((addresses + size * (self._ends - self._begins)[files]).max())
         offsets = np.full(len(self._bounds) + 1, ABSENT)
