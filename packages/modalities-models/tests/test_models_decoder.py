@@ -320,12 +320,13 @@ def test_every_combination_builds_and_trains():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), (values, name)
 
 
-def test_readme_example_runs():
+def test_readme_examples_run():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    example = readme.split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120)
+    examples = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    done = subprocess.run([sys.executable, "-c", "\n".join(examples)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "parameters, " in done.stdout and "nats per token" in done.stdout
+    assert "8030261248" in done.stdout and "57912852480.0" in done.stdout
 
 
 def test_readme_names_every_component_and_preset():

@@ -44,10 +44,9 @@ def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _parts(ends_E: Tensor) -> list[tuple[int, int, int]]:
-    """Expert, first row and end of every expert that has rows."""
+    """Number, first row and end of every expert; one without rows still gets a gradient, which is zero."""
     ends = ends_E.tolist()
-    parts = zip(range(len(ends)), [0, *ends[:-1]], ends, strict=True)
-    return [(expert, start, end) for expert, start, end in parts if end > start]
+    return list(zip(range(len(ends)), [0, *ends[:-1]], ends, strict=True))
 
 
 @torch.library.custom_op("modalities::grouped_linear", mutates_args=())
@@ -66,7 +65,7 @@ def _(rows_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.custom_op("modalities::grouped_linear_backward", mutates_args=())
 def _backward(gradient_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
     gradient_NO = gradient_NO.contiguous()
-    of_rows, of_weight = torch.empty_like(rows_NI), torch.zeros_like(weight_EOI)
+    of_rows, of_weight = torch.empty_like(rows_NI), torch.empty_like(weight_EOI)
     for expert, start, end in _parts(ends_E):
         torch.mm(gradient_NO[start:end], weight_EOI[expert], out=of_rows[start:end])
         torch.mm(gradient_NO[start:end].t(), rows_NI[start:end], out=of_weight[expert])
