@@ -143,7 +143,11 @@ def test_damage_is_found(folder):
         stream.write(b"x")
     with pytest.raises(DataError, match="181 bytes, its manifest says 180"):
         ImageTextDataset(folder, BytesTokenizer(), 12)
+    (folder / "images.bin").write_bytes(pictures()[::-1].tobytes())
+    with pytest.raises(DataError, match=r"images\.bin was changed"):
+        ImageTextDataset(folder, BytesTokenizer(), 12)
     (folder / "images.bin").write_bytes(pictures().tobytes())
+    ImageTextDataset(folder, BytesTokenizer(), 12)
     (folder / "captions.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="was changed"):
         ImageTextDataset(folder, BytesTokenizer(), 12)
@@ -165,6 +169,11 @@ def test_files_of_arrays_become_a_folder(tmp_path, command):
     assert json.loads(done.stdout.splitlines()[-1])["captions"] == 5
     manifest = read_manifest(tmp_path / "out")
     assert np.array_equal(open_images(tmp_path / "out", manifest), np.repeat(grey[..., None], 3, -1))
+    verified = command("verify", tmp_path / "out")
+    assert verified.returncode == 0 and "4 images, 180 B, every checksum matches" in verified.stdout
+    with (tmp_path / "out" / "images.bin").open("r+b") as stream:
+        stream.write(b"!")
+    assert command("verify", tmp_path / "out").returncode == 3
     again = command("image-text", source, tmp_path / "out")
     assert again.returncode == 3 and "exists already" in again.stderr
 

@@ -27,6 +27,9 @@ FORMAT = "modalities-image-text"
 VERSION = 1
 IMAGES, CAPTIONS, MANIFEST = "images.bin", "captions.jsonl", "manifest.json"
 
+CHECKED_WHEN_OPENED = 128 << 20
+"""Bytes of images up to which a dataset checks all of them at the start, as with packed folders."""
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Shape = tuple[int, int, int]
 """Height, width, channels."""
@@ -54,6 +57,11 @@ class ImageTextManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     def shape(self) -> Shape:
         """Of one image: height, width, channels."""
         return self.height, self.width, self.channels
+
+    @property
+    def bytes(self) -> int:
+        """Of all images."""
+        return self.images * self.height * self.width * self.channels
 
     @property
     def fingerprint(self) -> str:
@@ -117,12 +125,36 @@ def read_manifest(folder: Path) -> ImageTextManifest:
         raise DataError(f"{path} is not the manifest of a folder of images and captions: {error}", hint=hint) from None
     if (found.format, found.version) != (FORMAT, VERSION):
         raise DataError(f"{path} is {found.format!r}, version {found.version}; known is {FORMAT!r}, version {VERSION}")
-    wanted = found.images * found.height * found.width * found.channels
     with user_errors(folder / IMAGES):
         size = (folder / IMAGES).stat().st_size
-    if size != wanted:
-        raise DataError(f"{folder / IMAGES} has {size} bytes, its manifest says {wanted}", hint="prepare it again")
+    if size != found.bytes:
+        raise DataError(f"{folder / IMAGES} has {size} bytes, its manifest says {found.bytes}", hint="prepare it again")
     return found
+
+
+def is_image_text(folder: Path) -> bool:
+    """Whether ``folder`` says that it holds images and captions."""
+    try:
+        found = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def verify(folder: Path, manifest: ImageTextManifest) -> None:
+    """Check every byte of images and captions.
+
+    Raises:
+        DataError: a file was changed.
+    """
+    for name, expected in ((IMAGES, manifest.images_checksum), (CAPTIONS, manifest.captions_checksum)):
+        with user_errors(folder / name):
+            found = checksum(folder / name)
+        if found != expected:
+            raise DataError(
+                f"{folder / name} was changed: its checksum is {found}, the manifest says {expected}",
+                hint="prepare the folder again",
+            )
 
 
 def open_images(folder: Path, manifest: ImageTextManifest) -> np.ndarray:

@@ -32,13 +32,21 @@ def inspect(folder: Path, documents: int, characters: int, as_json: bool) -> Non
 @click.argument("folder", type=PATH)
 @as_json_option
 def verify(folder: Path, as_json: bool) -> None:
-    """Check every byte of the packed FOLDER against its checksums.
+    """Check every byte of FOLDER, packed or of images and captions, against its checksums.
 
     \b
     Example: modalities-data verify train
     """
+    from modalities_data import image_text
     from modalities_data.packed import verify as verify_folder
 
+    if image_text.is_image_text(folder):
+        manifest = image_text.read_manifest(folder)
+        image_text.verify(folder, manifest)
+        say(f"{folder}: {manifest.images} images, {amount(manifest.bytes, 'B')}, every checksum matches", as_json)
+        summarize({"folder": str(folder), "images": manifest.images, "bytes": manifest.bytes,
+                   "fingerprint": manifest.fingerprint}, as_json)  # fmt: skip
+        return
     with packing_progress("verifying") as progress:
         made = verify_folder(folder, progress)
     size = sum(shard.bytes + shard.index_bytes for shard in made.shards)

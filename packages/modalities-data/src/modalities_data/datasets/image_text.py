@@ -13,7 +13,7 @@ import numpy as np
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Samples, Tokenizer
 from modalities_data.datasets.arrays import check_length, checked, fingerprint
-from modalities_data.image_text import open_images, read_captions, read_manifest
+from modalities_data.image_text import CHECKED_WHEN_OPENED, open_images, read_captions, read_manifest, verify
 
 LongCaptions = Literal["refuse", "cut"]
 
@@ -23,7 +23,8 @@ class ImageTextDataset:
 
     A caption of n tokens gives the inputs ``end, caption`` and the targets ``caption, end``, n + 1 of each. The rest of
     the T inputs is padding: end-of-document tokens of weight 0, marked as a segment of their own, so that a summary of
-    the whole caption can leave them out. Images stay on disk and are mapped; captions are tokenized at the start.
+    the whole caption can leave them out. Images stay on disk and are mapped; captions are tokenized at the start. Up to
+    128 MB of images are checked at the start; ``modalities-data verify`` checks any folder.
 
     Args:
         path: the folder, as ``modalities-data image-text`` makes it.
@@ -54,6 +55,8 @@ class ImageTextDataset:
         folder = Path(path)
         manifest = read_manifest(folder)
         captions = read_captions(folder, manifest)
+        if manifest.bytes <= CHECKED_WHEN_OPENED:
+            verify(folder, manifest)
         self._images = open_images(folder, manifest)
         self._image_of = np.array([caption.image for caption in captions], np.int64)
         self._ids, self._offsets = tokenizer.encode_flat([caption.text for caption in captions])
