@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from modalities_models.decoder import decoder
 from modalities_models.nn import chunked_attention as chunked_module
@@ -245,6 +246,38 @@ def test_compiled_blocks_take_changing_lengths(dtype, options):
         got.sum().backward()
 
 
+@pytest.mark.slow
+def test_compiled_blocks_are_not_compiled_again_for_new_documents():
+    torch.compiler.reset()
+    model = decoder("nano", layers=2, hidden_size=64, vocab_size=128, attention_windows=(16, None))
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        tokens = torch.randint(128, (2, 64), generator=torch.Generator().manual_seed(step))
+        segments = (torch.rand(2, 64, generator=torch.Generator().manual_seed(step)) < 0.1).cumsum(1)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            got = twin(tokens, segments_BT=segments)
+            got.sum().backward()
+        torch.testing.assert_close(got, model(tokens, segments_BT=segments))
+
+
+@pytest.mark.parametrize("options", [{"attention_windows": (16,)}, {"attention_softcap": 2.0}])
+def test_recomputed_blocks_give_the_same_gradients(options):
+    model = decoder("nano", layers=2, hidden_size=64, vocab_size=128, **options)
+    tokens = torch.randint(128, (2, 64), generator=torch.Generator().manual_seed(0))
+    segments = (torch.rand(2, 64, generator=torch.Generator().manual_seed(1)) < 0.1).cumsum(1)
+    gradients = []
+    for recompute in (False, True):
+        twin = copy.deepcopy(model)
+        for block in twin.blocks if recompute else ():
+            forward = block.forward
+            block.forward = lambda *inputs, forward=forward: checkpoint(forward, *inputs, use_reentrant=False)
+        twin(tokens, segments_BT=segments).square().sum().backward()
+        gradients.append([parameter.grad for parameter in twin.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) > 10 and all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_bfloat16_step_is_as_close_to_float64_as_torch_attention(compiled, monkeypatch):
     torch.compiler.reset()
@@ -273,4 +306,4 @@ def test_a_bfloat16_step_is_as_close_to_float64_as_torch_attention(compiled, mon
 def test_a_mask_is_made_once():
     mask = Mask("causal", 8, 0, torch.device("cpu"), padding_B=torch.tensor([1]))
     assert mask.dense(3) is mask.dense(3) and mask.dense(8) is mask.dense(None)
-    assert mask.hidden(3) is mask.hidden(3)
+    assert mask.hidden(3) is mask.hidden(3) and torch.equal(mask.hidden(3), ~mask.dense(3)[:, 0])

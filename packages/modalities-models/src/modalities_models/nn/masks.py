@@ -83,10 +83,12 @@ class Mask:
 
     def hidden(self, window: int | None) -> Tensor:
         """Booleans (B, T, S), or (1, T, S) where rows do not differ, true where a query does not see a key."""
-        return self.kept(("hidden", self.effective(window)), lambda: self._make_hidden(self.dense(window)))
+        window = self.effective(window)
+        return self.kept(("hidden", window), lambda: self._make_hidden(window))
 
-    def _make_hidden(self, dense: Tensor) -> Tensor:
-        return ~(dense[:, 0] if dense.dim() == 4 else dense[None])
+    def _make_hidden(self, window: int | None) -> Tensor:
+        seen = self._make_dense(window)
+        return (seen[:, 0] if seen.dim() == 4 else seen[None]).logical_not()
 
     def _make_dense(self, window: int | None) -> Tensor:
         assert self.order == "causal", "where all see all no mask is needed"
