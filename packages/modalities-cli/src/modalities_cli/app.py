@@ -15,6 +15,8 @@ COMMANDS = {
     "generate": "modalities_cli.generate:generate",
     "chat": "modalities_cli.chat:chat",
     "eval": "modalities_cli.evaluate:evaluate",
+    "export": "modalities_cli.export:export",
+    "import": "modalities_cli.import_:import_",
     "components": "modalities_cli.components:components",
     "schema": "modalities_cli.schema:schema",
     "data": "modalities_data.commands:data",

@@ -69,7 +69,7 @@ class Checkpoint:
         shapes = shapes_of(a)
         links = self.family.links(a, shapes)
         weights = Weights(self.folder)
-        names = self._stored_names(weights, {name for link in links for name in link.theirs})
+        names = self.stored_names(weights)
         for link in links:
             for name, value in zip(
                 link.ours, link.to_ours([weights.tensor(names[name]) for name in link.theirs]), strict=True
@@ -81,12 +81,14 @@ class Checkpoint:
                     )
                 yield name, value if dtype is None else value.to(dtype)
 
-    def _stored_names(self, weights: Weights, wanted: set[str]) -> dict[str, str]:
-        """Where each wanted tensor lies: under its name, or without the prefix of the headless model.
+    def stored_names(self, weights: Weights) -> dict[str, str]:
+        """Where each tensor of the model lies: under its name, or without the prefix of the headless model.
 
         Raises:
             CheckpointError: some are missing or left over.
         """
+        links = self.family.links(self.architecture, shapes_of(self.architecture))
+        wanted = [name for link in links for name in link.theirs]
         prefix = self.family.prefix
         bare = not any(name.startswith(prefix) for name in weights)
         names = {name: name.removeprefix(prefix) if bare else name for name in wanted}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor
 
 from modalities_core.errors import CheckpointError, ConfigError
+from modalities_models.architecture import Architecture
 from modalities_models.decoder import Decoder
+from modalities_models.huggingface.family import shapes_of
+from modalities_models.huggingface.links import OneLess
+from modalities_models.huggingface.loading import Checkpoint
+from modalities_models.initialization import Scaled
 
 SEQUENCES = 3
 LONGEST = 48
+SMALLEST = 1e-7
+"""Numbers below this are nothing to float16."""
+LARGE_WINDOW = 512
+"""Windows up to this are tried out; reading more tokens takes longer than a larger one is worth."""
 TOLERANCE = 1e-4
 """Of the largest logit: in float32 two right implementations of a large model differ by a tenth of it or less."""
 
@@ -33,10 +43,49 @@ class Agreement(NamedTuple):
     greedy: int
 
 
-def sample_tokens(vocab_size: int, longest: int, seed: int = 0) -> Tensor:
-    """Token ids (sequences, length) int64, the same for the same arguments."""
+def sample_tokens(architecture: Architecture, seed: int = 0) -> Tensor:
+    """Token ids (sequences, length) int64, the same for the same arguments; longer than a window that is not large."""
+    windows = [window for window in architecture.attention_windows if window is not None and window <= LARGE_WINDOW]
+    length = min(architecture.sequence_length, max([LONGEST, *(window + 16 for window in windows)]))
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (SEQUENCES, min(longest, LONGEST)), generator=generator)
+    return torch.randint(architecture.vocab_size, (SEQUENCES, length), generator=generator)
+
+
+def exported_decoder(folder: Path, architecture: Architecture, read: Callable[[str], Tensor]) -> Decoder:
+    """The decoder in an exported folder, in float32, once it is certain that nothing was lost on the way there.
+
+    Args:
+        folder: what was written.
+        architecture: of the decoder that was exported.
+        read: gives the whole tensor of one of our names, as it was before.
+
+    Raises:
+        CheckpointError: a tensor comes back otherwise than it was, but for rounding to the type it is stored in.
+    """
+    found = Checkpoint(folder)
+    with torch.device("meta"):
+        model = Decoder(architecture, Scaled())
+    eps = torch.finfo(torch_dtype(found)).eps
+    from_one = {link.our for link in found.family.links(architecture, shapes_of(architecture)) if type(link) is OneLess}
+    tensors = {}
+    for name, value in found.tensors(architecture, torch.float32):
+        original = read(name).float()
+        allowed = eps * (original.abs() + (original - 1).abs() if name in from_one else original.abs())
+        lost = ~((value - original).abs() <= allowed + SMALLEST)
+        if lost.any():
+            raise CheckpointError(
+                f"{name} comes back otherwise than it was written: {value[lost][0]:g} for {original[lost][0]:g}",
+                hint="a narrow type may not hold it; --dtype float32 does. If that comes back wrong too, report it",
+            )
+        tensors[name] = value
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def torch_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What config.json says that most weights are stored in."""
+    name = checkpoint.settings.values.get("torch_dtype") or checkpoint.settings.values.get("dtype") or "float32"
+    return getattr(torch, str(name))
 
 
 @torch.no_grad()
@@ -44,6 +93,22 @@ def our_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:
     """(B, T, V) in float32, of a model in whatever precision; it is in evaluation mode afterwards."""
     model.eval()
     return model.head(model(tokens_BT)).float()
+
+
+def require_transformers() -> Any:
+    """The library, where there is one.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "comparing the logits needs transformers, which is not installed",
+            hint="pip install 'modalities-models[transformers]', or go without by --no-verify",
+        ) from error
+    return transformers
 
 
 @torch.no_grad()
@@ -54,13 +119,9 @@ def their_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         ConfigError: transformers is not installed.
         CheckpointError: it does not load the folder.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            "verifying needs transformers", hint="pip install 'modalities-models[transformers]', or give --no-verify"
-        ) from error
-    loader: Any = transformers.AutoModelForCausalLM
+    transformers = require_transformers()
+    transformers.utils.logging.disable_progress_bar()
+    loader = transformers.AutoModelForCausalLM
     try:
         model, report = loader.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True
@@ -106,7 +167,7 @@ def verify(model: Decoder, folder: Path) -> Agreement:
         ConfigError: transformers is not installed.
         CheckpointError: it does not load the folder, or the logits differ.
     """
-    tokens_BT = sample_tokens(model.vocab_size, model.sequence_length)
+    tokens_BT = sample_tokens(model.architecture)
     ours = our_logits(model, tokens_BT)
     model.to_empty(device="meta")
     gc.collect()
