@@ -103,15 +103,24 @@ def _pack_unit(number: int, unit: Unit) -> UnitResult:
 @contextmanager
 def _inherited(variables: dict[str, str]) -> Iterator[None]:
     """Set ``variables`` and hold Ctrl-C back while processes start, which inherit both."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
     has_mask = hasattr(signal, "pthread_sigmask")  # not on Windows
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if has_mask else set()
     try:
-        yield
+        with environment(variables):
+            yield
     finally:
         if has_mask:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set ``variables`` of this process during the body."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

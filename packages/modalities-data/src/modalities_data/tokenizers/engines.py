@@ -28,7 +28,7 @@ class TokenizersEngine:
     """The ``tokenizers`` library of Hugging Face: loads everything, defines what is right."""
 
     name = "tokenizers"
-    CALL_CHARACTERS = 1 << 18
+    CALL_CHARACTERS = 1 << 16
     """How much text is encoded at once: the library's encodings take some hundred bytes per token until they go."""
 
     def __init__(self, content: str) -> None:
