@@ -187,6 +187,27 @@ def test_bfloat16_weights_are_summed_in_float32():
     assert head.weight.grad.flatten().tolist() == [-2048, 2048]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_chunks_equal_the_dense_loss_on_a_gpu(dtype, tolerance, autocast, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 300, 64, device="cuda").to(dtype).requires_grad_()
+    head = LinearHead(1024, 64, 1000, multiplier=0.5, softcap=20.0).to("cuda", dtype)
+    nn.init.normal_(head.weight, std=0.3)
+    targets = torch.randint(1000, (2, 300), device="cuda")
+    batch = Batch(targets, targets, torch.rand(2, 300, device="cuda"))
+    results = []
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.cuda.device(0):
+        for chunk in (None, 128):
+            loss = CrossEntropy(chunk, label_smoothing=0.1, z_loss=1e-3)(hidden, head, batch).loss
+            results.append((loss, *torch.autograd.grad(loss, [hidden, head.weight])))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) <= (2e-2 if autocast else tolerance)
+
+
 PEAK = """
 import re, sys
 from pathlib import Path
