@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from modalities_data.manifest import Accounting
 
 
 def say(text: str, as_json: bool) -> None:
@@ -28,6 +31,24 @@ def amount(value: float, unit: str = "") -> str:
         if value >= factor:
             return f"{value / factor:.1f} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
+
+
+def accounted(counts: Accounting, unit: str, rejected: str = "") -> str:
+    """Where every document went: 98 of 100 documents, 1 skipped as empty, 1 failed (see NAME).
+
+    Args:
+        counts: in = written + skipped + failed.
+        unit: what a document is called.
+        rejected: where those that failed are listed.
+    """
+    skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
+    failed = f", {counts.failed} failed" + (f" (see {rejected})" if rejected else "") if counts.failed else ""
+    return f"{counts.written} of {counts.documents} {unit}{skipped}{failed}"
+
+
+def rates(seconds: float, read: int, tokens: int) -> str:
+    """How long it took, and what that is in bytes and tokens a second."""
+    return f"{seconds:.1f} s, {amount(read / seconds, 'B/s')}, {amount(tokens / seconds, 'tokens/s')}"
 
 
 @contextmanager

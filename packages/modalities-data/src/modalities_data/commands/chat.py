@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from modalities_data.commands.group import PATH, as_json_option, data, end_option, overwrite_option
-from modalities_data.terminal import amount, packing_progress, say, summarize
+from modalities_data.terminal import accounted, amount, packing_progress, rates, say, summarize
 
 
 @data.command()
@@ -53,14 +53,11 @@ def chat(
         report = pack_chat(sources, output, ids, chosen, on_error=on_error, overwrite=overwrite, key=key,
                            side=Side(only, fraction, seed) if only else None, on_progress=progress)  # fmt: skip
     made, counts = report.manifest, report.manifest.accounting
-    skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
-    failed = f", {counts.failed} failed (see {output}/conversations.rejected.jsonl)" if counts.failed else ""
     cut = f"; {report.cut_tokens} tokens lie across the border of a turn and do not count" if report.cut_tokens else ""
     say(
-        f"{output}: {counts.written} of {counts.documents} conversations{skipped}{failed}; "
+        f"{output}: {accounted(counts, 'conversations', f'{output}/conversations.rejected.jsonl')}; "
         f"{amount(made.tokens, 'tokens')}, {report.counted_tokens / made.tokens:.0%} of them the assistant's{cut}; "
-        f"{report.seconds:.1f} s, {amount(report.bytes_read / report.seconds, 'B/s')}, "
-        f"{amount(made.tokens / report.seconds, 'tokens/s')}",
+        f"{rates(report.seconds, report.bytes_read, made.tokens)}",
         as_json,
     )
     summary = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from modalities_data.commands.group import PATH, as_json_option, data, overwrite_option
-from modalities_data.terminal import amount, packing_progress, say, summarize
+from modalities_data.terminal import accounted, amount, packing_progress, say, summarize
 
 if TYPE_CHECKING:
     from modalities_data.convert.raw import Vocabulary
@@ -183,10 +183,9 @@ def _vocabulary(tokenizer: str | None, end_of_document: str, vocab_size: int | N
 
 def _tell(output: Path, made: Manifest, as_json: bool) -> None:
     counts = made.accounting
-    skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
     say(
-        f"{output}: {counts.written} of {counts.documents} documents, {amount(made.tokens, 'tokens')} in "
-        f"{len(made.shards)} shards of {made.dtype}{skipped}",
+        f"{output}: {accounted(counts, 'documents')}, {amount(made.tokens, 'tokens')} in {len(made.shards)} shards of "
+        f"{made.dtype}",
         as_json,
     )
     summary = {

@@ -16,7 +16,7 @@ from modalities_data.commands.group import (
     key_option,
     overwrite_option,
 )
-from modalities_data.terminal import amount, packing_progress, say, summarize
+from modalities_data.terminal import accounted, amount, packing_progress, rates, say, summarize
 
 if TYPE_CHECKING:
     from modalities_data.inputs.files import FormatChoice
@@ -88,13 +88,10 @@ def pack(
 
 def _tell_packed(output: Path, report: PackReport, as_json: bool) -> None:
     made, counts = report.manifest, report.manifest.accounting
-    skipped = "".join(f", {count} skipped as {rule}" for rule, count in counts.skipped.items())
-    failed = f", {counts.failed} failed (see {output}/*.rejected.jsonl)" if counts.failed else ""
     reused = f", {report.shards_reused} shards from an earlier run" if report.shards_reused else ""
     say(
-        f"{output}: {counts.written} of {counts.documents} documents, {amount(made.tokens, 'tokens')}{skipped}{failed}"
-        f"; {report.seconds:.1f} s, {amount(report.bytes_read / report.seconds, 'B/s')}, "
-        f"{amount(report.tokens_written / report.seconds, 'tokens/s')}, {made.tokenizer.engine}, "
+        f"{output}: {accounted(counts, 'documents', f'{output}/*.rejected.jsonl')}, {amount(made.tokens, 'tokens')}"
+        f"; {rates(report.seconds, report.bytes_read, report.tokens_written)}, {made.tokenizer.engine}, "
         f"workers: {report.workers}{reused}",
         as_json,
     )
