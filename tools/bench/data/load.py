@@ -112,10 +112,7 @@ def main() -> int:
         "opening": open_sparse(options, chosen, ready), "host": host.figures(options.cache, options.documents),
         "missing": missing,
     }  # fmt: skip
-    text = report(result)
-    print(text)
-    if options.save:
-        turns.save(options.save, result, text)
+    turns.tell(result, report(result), options.save)
     return 0
 
 
@@ -247,12 +244,7 @@ def report(result: dict) -> str:
     lines += [turns.markdown(["loader", "samples", "import s", "open s", "first sample s", "peak MB"], rows), ""]
     lines += host.report(result["host"])
     lines += [f"Not measured: {name}: {reason}" for name, reason in result["missing"].items()]
-    lines += [
-        "", f"- command: `{result['command']}`", f"- commit: {result['commit']}", f"- date: {result['date']}",
-        f"- machine: {result['cpu']}, {result['cores']} cores, load {result['load']:.1f} at the start",
-        f"- versions: {json.dumps(result['versions'])}",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *turns.origin(result)])
 
 
 if __name__ == "__main__":

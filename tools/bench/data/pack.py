@@ -134,10 +134,7 @@ def main() -> int:
         "versions": versions, "missing": missing, "start_cpu": {name: starts[name].cpu for name in table},
         "table": table, "all_rounds": rounds,
     }  # fmt: skip
-    text = report(result)
-    print(text)
-    if options.save:
-        turns.save(options.save, result, text)
+    turns.tell(result, report(result), options.save)
     return 0 if len({entry["token_digest"] for entry in table.values()}) == 1 else 1
 
 
@@ -179,12 +176,7 @@ def report(result: dict) -> str:
             "",
         ]
     lines += [f"Not measured: {name}: {reason}" for name, reason in result["missing"].items()]
-    lines += [
-        "", f"- command: `{result['command']}`", f"- commit: {result['commit']}", f"- date: {result['date']}",
-        f"- machine: {result['cpu']}, {result['cores']} cores, load {result['load']:.1f} at the end",
-        f"- corpus sha256: {facts['sha256']}", f"- versions: {json.dumps(result['versions'])}",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *turns.origin(result), f"- corpus sha256: {facts['sha256']}"])
 
 
 if __name__ == "__main__":
