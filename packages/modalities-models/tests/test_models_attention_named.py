@@ -13,7 +13,7 @@ import torch
 
 from modalities_core.errors import ConfigError
 from modalities_models.decoder import decoder
-from modalities_models.nn import attention_flash, attention_implementations
+from modalities_models.nn import attention_flash, attention_flex, attention_implementations
 from modalities_models.nn.attention_flash import FLASH, document_ends
 from modalities_models.nn.attention_flex import FLEX
 from modalities_models.nn.attention_implementations import choose
@@ -49,9 +49,8 @@ def job(device="cuda", dtype=torch.bfloat16, dropout=0.0, head_size=64, mask=Non
         (FLASH, job(softcap=2.0, dropout=0.1), "no dropout together with a soft cap"),
         (FLASH, job(window=3, softcap=2.0), None),
         (FLASH, job(dropout=0.1, mask=causal(torch.zeros(2, 1), past=9)), None),
-        (FLEX, job(device="mps"), "CUDA GPUs and CPUs, and this is mps"),
+        (FLEX, job(device="mps"), "needs a CUDA GPU, and this is mps"),
         (FLEX, job(device="cpu"), "no backward pass on the CPU"),
-        (FLEX, job(device="cpu", gradient=False), None),
         (FLEX, job(dtype=torch.float64), "up to 32 bits, not float64"),
         (FLEX, job(head_size=8), "at least 16 elements, not 8"),
         (FLEX, job(dropout=0.1), "no dropout"),
@@ -203,24 +202,46 @@ def test_flash_is_called_as_its_documentation_says(rows, window, softcap, monkey
 
 
 def model_and_reference(options, device, dtype, name):
-    model = decoder(**SIZES, **options, attention=name).to(device, dtype)
+    model = decoder(**SIZES | options, attention=name).to(device, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
-    exact = decoder(**SIZES, **options).double()
+    exact = decoder(**SIZES | options).double()
     exact.load_state_dict({key: value.double().cpu() for key, value in model.state_dict().items()})
     return model, exact
 
 
+def flex_and_plain(rows, **scores):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 150, 16, generator=generator)
+    key, value = (torch.randn(2, 2, 150, 16, generator=generator) for _ in range(2))
+    masks = {
+        "same": causal(TOKENS),
+        "documents": causal(TOKENS, segments_BT=SEGMENTS),
+        "padding": causal(TOKENS, padding_B=PADDING),
+        "everything": everything(),
+    }
+    work = Job(masks[rows], Scores(**scores), 0.0, "cuda", torch.float32, 16, False)
+    return [implementation.attend(query, key, value, work) for implementation in (FLEX, PLAIN)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rows", ["same", "documents", "padding", "everything"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, 2.0)])
+def test_flex_is_asked_for_the_same_attention(rows, window, softcap, monkeypatch):
+    """By torch's own reading of the masks and scores, which needs no compilation."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    monkeypatch.setattr(attention_flex, "_compiled_kernel", lambda: flex_attention)
+    monkeypatch.setattr(attention_flex, "_compiled_blocks", lambda: create_block_mask)
+    torch.testing.assert_close(*flex_and_plain(rows, window=window, scale=0.3, softcap=softcap), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs a C++ compiler")
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("options", ["windows", "both"])
-@torch.no_grad()
-def test_flex_on_the_cpu(options):
-    model, exact = model_and_reference(OPTIONS[options], "cpu", torch.float32, "flex")
-    for rows in ({}, {"segments_BT": SEGMENTS}, {"padding_B": PADDING}):
-        torch.testing.assert_close(model(TOKENS, **rows).double(), exact(TOKENS, **rows), rtol=1e-4, atol=1e-4)
+def test_flex_compiled():
+    torch.compiler.reset()
+    torch.testing.assert_close(*flex_and_plain("documents", window=20, softcap=2.0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

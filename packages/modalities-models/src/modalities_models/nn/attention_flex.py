@@ -1,14 +1,15 @@
 """Attention by torch's compiled FlexAttention (torch.nn.attention.flex_attention), which skips blocks nobody sees.
 
-On the CPU it has no backward pass, needs a C++ compiler, and compiles for about 17 s; it is never taken there unless
-named. Measured there, forward, 4 heads of 64, 1024 tokens and a window of 128 (torch 2.13, one core): 9.6 ms in
-float32 against 36.8 of scaled_dot_product_attention, but 210 against 39 in bfloat16.
+For CUDA GPUs only. On the CPU it has no backward pass, is compiled for tens of seconds and, in torch 2.13, cannot be
+compiled for a second sequence length; forward, 4 heads of 64, 1024 tokens and a window of 128 on one core, it took
+9.6 ms in float32 against 36.8 of scaled_dot_product_attention, but 210 against 39 in bfloat16.
 
 Shape suffixes: B batch, T queries, S keys, H heads, F elements of one head.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -19,14 +20,15 @@ from torch import Tensor
 from modalities_models.nn.attention_jobs import Implementation, Job
 
 SMALLEST_HEAD = 16
+MOST_VARIANTS = 64
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _refusal(job: Job) -> str | None:
-    if job.device not in ("cuda", "cpu"):
-        return f"FlexAttention is for CUDA GPUs and CPUs, and this is {job.device}"
-    if job.device == "cpu" and job.gradient:
+    if job.device == "cpu":
         return "FlexAttention has no backward pass on the CPU"
+    if job.device != "cuda":
+        return f"FlexAttention needs a CUDA GPU, and this is {job.device}"
     if job.dtype not in _TYPES:
         return f"FlexAttention takes types of up to 32 bits, not {str(job.dtype).removeprefix('torch.')}"
     if job.head_size < SMALLEST_HEAD:
@@ -61,14 +63,21 @@ def _kernel() -> Callable[..., Any]:
 def _compiled_kernel() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return _compiled(flex_attention)
 
 
 @lru_cache(maxsize=1)
 def _compiled_blocks() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return torch.compile(create_block_mask)
+    return _compiled(create_block_mask)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Once for each length, kind of mask and of gradient; beyond the limit torch would quietly hold all scores.
+    limited = "recompile_limit" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"recompile_limit": MOST_VARIANTS} if limited else {}
+    return torch.compile(function, dynamic=False, **options)
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:
@@ -92,8 +101,8 @@ def _make_blocks(job: Job) -> Any:
     mask, rows = job.mask, None
     for tensor in (mask.segments_BT, mask.padding_B):
         rows = rows if tensor is None else tensor.shape[0]
-    # Compiled it never holds the T x T booleans; on the CPU that would not be worth another compilation.
-    create = _compiled_blocks() if job.device == "cuda" and not torch.compiler.is_compiling() else create_block_mask
+    # Compiled it never holds the T x T booleans; inside a compiled block it is compiled along.
+    create = create_block_mask if torch.compiler.is_compiling() else _compiled_blocks()
     seen = _seen(job.window, mask.segments_BT, mask.padding_B)
     return create(seen, rows, None, mask.new, mask.new, device=mask.device)
 
