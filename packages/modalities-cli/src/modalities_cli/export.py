@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modalities_core.config.graph import Graph
+    from modalities_core.training.lineage import Checkpoint
     from modalities_models.architecture import Architecture
     from modalities_models.huggingface.verifying import Agreement
 
@@ -130,11 +131,17 @@ def export_run(
     checkpoint, passed_over = Shelf(shelf).newest_valid(step)
     if checkpoint is None:
         raise CheckpointError(f"{run} holds no checkpoint yet", hint="let the run go on until it saves one")
+    _refuse_other_tensors(checkpoint, model)
     read = tensor_reader(graph, checkpoint.folder, model)
     kind = None if dtype is None else getattr(torch, dtype)
+
+    def stored(name: str) -> torch.dtype:
+        return getattr(torch, checkpoint.manifest.tensors[name].dtype)
+
     with new_folder(folder) as temporary:
         tokens = write_run_tokenizer(temporary, graph, run, model, chat_template)
-        class_name = _write(temporary, model, read, kind, family, tokens.ids)
+        how = {"dtype": kind, "stored": stored, "token_ids": tokens.ids}
+        class_name = _write(temporary, model, read, family, how)
         agreement = _verified(temporary, model, read) if verify else None
         warnings = [*passed_over, *tokens.warnings]
         size, stored = _weights(temporary)
@@ -170,17 +177,33 @@ def tensor_reader(graph: Graph, folder: Path, model: Any) -> Callable[[str], Ten
     return dict(model.state_dict()).__getitem__
 
 
-def _write(folder: Path, model: Any, read: Callable[[str], Tensor], dtype: Any, family: str | None, ids: Any) -> str:
+def _refuse_other_tensors(checkpoint: Checkpoint, model: Any) -> None:
+    """Make sure that the checkpoint holds the model's tensors and no others, so that nothing is left behind.
+
+    Raises:
+        CheckpointError: what wrapped the model in the run has added tensors or renamed them.
+    """
+    from modalities_core.errors import CheckpointError
+
+    here, there = set(model.state_dict()), set(checkpoint.manifest.tensors)
+    if lost := sorted(here ^ there):
+        raise CheckpointError(
+            f"{checkpoint.folder} does not hold the tensors of a {type(model).__name__}: {len(lost)} differ, such as "
+            f"{lost[0]}",
+            hint="what wraps the model in the run's document has tensors of its own, which have no place in an export",
+        )
+
+
+def _write(folder: Path, model: Any, read: Callable[[str], Tensor], family: str | None, how: dict[str, Any]) -> str:
     """Weights, config.json and generation_config.json; gives the name of transformers' class."""
     from modalities_core.errors import ConfigError
     from modalities_models.huggingface.exporting import export as write_decoder
 
     if not hasattr(model, "export"):
-        written = write_decoder(folder, model.architecture, read, family=family, dtype=dtype, token_ids=ids)
-        return written.class_name
+        return write_decoder(folder, model.architecture, read, family=family, **how).class_name
     if family is not None:
         raise ConfigError(f"a {type(model).__name__} is written as what it is; leave --family out")
-    return model.export(folder, read, dtype=dtype, token_ids=ids)
+    return model.export(folder, read, **how)
 
 
 def _verified(folder: Path, model: Any, read: Callable[[str], Tensor]) -> Agreement:

@@ -54,6 +54,7 @@ def export(
     *,
     family: str | None = None,
     dtype: torch.dtype | None = None,
+    stored: Callable[[str], torch.dtype] | None = None,
     token_ids: Mapping[str, int | list[int]] | None = None,
 ) -> Family:
     """Write a decoder into an existing, empty folder, holding one tensor (or one layer's experts) at a time.
@@ -64,6 +65,7 @@ def export(
         read: gives the whole tensor of one of our names.
         family: its ``model_type``; by default the first that can express the decoder.
         dtype: of the weights written; by default their own.
+        stored: gives the type of one of our names; without it, one more read does.
         token_ids: such as ``eos_token_id``, for config.json and generation_config.json.
 
     Returns:
@@ -77,7 +79,8 @@ def export(
     chosen = family_of(architecture) if family is None else family_named(family, architecture)
     shapes = shapes_of(architecture)
     links = chosen.links(architecture, shapes)
-    kinds = {link.ours[0]: _dtype(link.ours[0], read, dtype) for link in links}
+    own = stored or (lambda name: read(name).dtype)
+    kinds = {link.ours[0]: _dtype(link.ours[0], own, dtype) for link in links}
     plan, ordered = [], []
     # The widest first, so that every tensor of the file begins where its type may.
     for link in sorted(links, key=lambda link: -kinds[link.ours[0]].itemsize):
@@ -107,11 +110,11 @@ def settings(family: Family, architecture: Architecture, dtype: torch.dtype, tok
     }
 
 
-def _dtype(name: str, read: Callable[[str], Tensor], wanted: torch.dtype | None) -> torch.dtype:
+def _dtype(name: str, own: Callable[[str], torch.dtype], wanted: torch.dtype | None) -> torch.dtype:
     """Of a tensor written: biases of the choice of experts stay in float32 or wider beside weights of any type."""
     if name.endswith(".balance"):
-        return torch.promote_types(torch.float32, read(name).dtype)
-    return wanted or read(name).dtype
+        return torch.promote_types(torch.float32, own(name))
+    return wanted or own(name)
 
 
 def _planned(link: Link, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[TensorInfo]:

@@ -61,8 +61,6 @@ def read_rope(settings: Settings, default_theta: float, sequence_length: int) ->
 def write_rope(a: Architecture) -> dict[str, Any]:
     """The same in the keys of old and of new versions of transformers."""
     theta, scaling = plain(a)
-    if a.positions != "rope":
-        return {}
     scaled = _parameters(scaling)
     return {
         "rope_theta": theta,

@@ -25,7 +25,7 @@ _HARMLESS = """
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
     top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
     use_cache summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx
-    reorder_and_upcast_attn mlp_jitter router_jitter_noise hidden_size_per_head initializer_factor
+    reorder_and_upcast_attn mlp_jitter router_jitter_noise hidden_size_per_head initializer_factor cache_implementation
 """
 HARMLESS = frozenset(_HARMLESS.split())
 """Keys that do not change what the model computes from tokens, at least not outside of training by others' code."""
