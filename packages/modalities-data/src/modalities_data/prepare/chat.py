@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, BinaryIO, NamedTuple, get_args
 
 import msgspec
 import numpy as np
@@ -29,7 +29,7 @@ from modalities_data.prepare.chat_encoder import ChatEncoder, Encoded
 from modalities_data.prepare.chat_template import FILE_NAME, ChatTemplate
 from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
 from modalities_data.prepare.shards import OnError, shard_name
-from modalities_data.prepare.split import check_fraction
+from modalities_data.prepare.split import Side, check_fraction
 from modalities_data.tokenizers.huggingface import HuggingFaceTokenizer
 
 BATCH = 512
@@ -51,24 +51,6 @@ class ChatReport(NamedTuple):
     cut_tokens: int
     bytes_read: int
     seconds: float
-
-
-class Side(NamedTuple):
-    """One side of a split by the hash of the messages, so that equal conversations are on the same side.
-
-    name: which one to write.
-    fraction: how much is held out, between 0 and 1.
-    seed: chooses another split.
-    """
-
-    name: Literal["train", "held-out"]
-    fraction: float = 0.01
-    seed: int = 0
-
-    def has(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether a conversation is on this side."""
-        digest = xxhash.xxh3_64_intdigest(msgspec.json.encode(messages), self.seed)
-        return (digest < int(self.fraction * 2**64)) == (self.name == "held-out")
 
 
 def pack_chat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import xxhash
@@ -23,6 +23,24 @@ class SplitReport(NamedTuple):
 
     train: int
     held_out: int
+
+
+class Side(NamedTuple):
+    """One side of a split of conversations by a hash of the messages: equal ones are on the same side.
+
+    name: which one to write.
+    fraction: how much is held out, between 0 and 1.
+    seed: chooses another split.
+    """
+
+    name: Literal["train", "held-out"]
+    fraction: float = 0.01
+    seed: int = 0
+
+    def has(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether a conversation is on this side."""
+        digest = xxhash.xxh3_64_intdigest(msgspec.json.encode(messages), self.seed)
+        return (digest < int(self.fraction * 2**64)) == (self.name == "held-out")
 
 
 def split(
