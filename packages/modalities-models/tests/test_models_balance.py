@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modalities_core.interfaces import Batch, FinishesSteps
+from modalities_core.interfaces import Batch
 from modalities_core.training.world import Alone
 from modalities_models.decoder import Decoder, decoder
 from modalities_models.losses import CrossEntropy
@@ -67,7 +67,6 @@ def record(model: Decoder) -> None:
 
 def test_loads_even_out_while_the_model_learns():
     model = uneven(balance_rate=0.01)
-    assert isinstance(model, FinishesSteps)
     worst, losses = loads_of_steps(model, 100)
     # Two experts a token: the most that one expert can have is 4 times the mean of 8.
     assert (worst[0] > 3).all()

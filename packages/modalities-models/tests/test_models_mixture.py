@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from modalities_core.errors import ConfigError
 from modalities_models.architecture import Architecture
 from modalities_models.decoder import decoder
-from modalities_models.nn.feedforward import FeedForward, FeedForwardShape
 from modalities_models.nn.grouped_linear import grouped_linear
 from modalities_models.nn.mixture_of_experts import MixtureOfExperts, SparseFeedForward
+from modalities_models.parts import FeedForward, FeedForwardShape
 
 D, E, K, INNER = 24, 6, 2, 16
 NUMBERS = {"experts": E, "experts_per_token": K, "intermediate_size": INNER}

@@ -11,7 +11,8 @@ from modalities_core.errors import ConfigError
 from modalities_models.architecture import Architecture
 from modalities_models.decoder import decoder
 from modalities_models.nn.rope import rotate, rotation
-from modalities_models.nn.rope_scaling import Linear, Llama3, Ntk, RopeScaling, Yarn
+from modalities_models.nn.rope_scaling import Linear, Llama3, Ntk, Yarn
+from modalities_models.parts import RopeScaling
 
 SCALINGS = {
     "linear": (Linear(2.5), {"rope_type": "linear", "factor": 2.5}),

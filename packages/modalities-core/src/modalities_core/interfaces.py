@@ -98,8 +98,7 @@ class Batch:
     tokens_BT: (B, T) int64 inputs.
     targets_BT: (B, T) int64, the token that follows each input.
     weights_BT: (B, T) float32, how much each target counts; None where all count 1.
-    segments_BT: (B, T) int32, the number of each input's document within its sample, rising from 0; None where a
-        sample is one piece of text.
+    segments_BT: (B, T) int32, the number of each input's document in its sample, from 0; None where it is one text.
     images_BCHW: (B, channels, height, width) uint8, the image each text belongs to; None where there are none.
     """
 
@@ -163,8 +162,9 @@ class ParallelPlan:
 class Model(Protocol):
     """A ``torch.nn.Module`` that turns tokens into hidden states and owns its output head.
 
-    It can be built on the meta device; ``initial_values`` then gives every parameter and buffer, whatever the
-    sharding. One that changes more than gradients do also has ``finish_step``, see ``FinishesSteps``.
+    It can be built on the meta device; ``initial_values`` then gives every parameter and buffer. It may also have
+    ``finish_step(world: World) -> None``, called on every rank after each optimizer step for what no gradient
+    changes, such as the balance of experts: collective, all state in buffers, never waiting for the device.
     """
 
     vocab_size: int
@@ -176,9 +176,9 @@ class Model(Protocol):
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) int64 to hidden states (B, T, D).
 
-        A model that can keep documents apart also takes ``segments_BT`` by keyword, as in ``Batch``; one that looks
-        at images takes ``images_BCHW`` likewise. Data that has them is refused with any other. A model with more to
-        say than hidden states may return a NamedTuple of tensors, for a loss that knows it.
+        A model that can keep documents apart also takes ``segments_BT`` by keyword, one that looks at images
+        ``images_BCHW``, as in ``Batch``; data that has them is refused with any other. A model with more to say than
+        hidden states may return a NamedTuple of tensors, for a loss that knows it.
         """
         ...
 
@@ -187,30 +187,11 @@ class Model(Protocol):
         ...
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and whole initial value, float32 on the CPU; the same on every rank.
-
-        So too for each buffer that is computed on the meta device, persistent or not.
-        """
+        """Name and whole initial value of each parameter and buffer, float32 on the CPU; the same on every rank."""
         ...
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
-        ...
-
-
-@runtime_checkable
-class FinishesSteps(Protocol):
-    """What a model may have besides: a change after each optimizer step that no gradient makes.
-
-    A mixture of experts moves its routers' balance here. Whatever it changes lies in buffers, so that checkpoints
-    have it, and depends on nothing but them and sums over all ranks, so that it is the same for any number of ranks.
-    """
-
-    def finish_step(self, world: World) -> None:
-        """Called by the trainer on every rank after each optimizer step; collective.
-
-        It must not wait for the device: no ``item``, no copy to the host.
-        """
         ...
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from modalities_core.errors import ConfigError
-from modalities_models.nn.feedforward import GATED, Activation, FeedForward, FeedForwardShape
-from modalities_models.nn.rope_scaling import RopeScaling
+from modalities_models.parts import GATED, Activation, FeedForward, FeedForwardShape, RopeScaling
 
 Norm = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "sandwich"]

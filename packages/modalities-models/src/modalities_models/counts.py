@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from modalities_models.architecture import Architecture
-from modalities_models.nn.feedforward import FeedForwardCount, dense_count
+from modalities_models.nn.feedforward import dense_count
+from modalities_models.parts import FeedForwardCount
 
 Convention = Literal["full", "causal"]
 BYTES = {"fp32": 4, "bf16": 2}

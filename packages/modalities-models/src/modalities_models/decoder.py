@@ -35,12 +35,11 @@ from modalities_models.initialization import GivenWeights, Initialization, Scale
 from modalities_models.nn.attention_implementations import prepare
 from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
-from modalities_models.nn.feedforward import FeedForward
 from modalities_models.nn.masks import causal, positions
 from modalities_models.nn.mixture_of_experts import Router, balance
 from modalities_models.nn.norms import norm
 from modalities_models.nn.rope import rotation
-from modalities_models.nn.rope_scaling import RopeScaling
+from modalities_models.parts import FeedForward, RopeScaling
 from modalities_models.presets import resolve
 from modalities_models.roles import roles
 
@@ -175,7 +174,7 @@ class Decoder(nn.Module):
                 yield name, initial_value(name, shape, role, initialization, self.seed)
 
     def finish_step(self, world: World) -> None:
-        """Even out the experts' loads after an optimizer step; see ``modalities_core.interfaces.FinishesSteps``."""
+        """Even out the experts' loads after an optimizer step; see ``modalities_core.interfaces.Model``."""
         if self._balanced:
             balance(self._balanced, world)
 

@@ -21,10 +21,11 @@ from modalities_core.errors import ConfigError
 from modalities_models.architecture import Architecture, derived_head_size, derived_intermediate_size, require_positive
 from modalities_models.initialization import Initialization, Scaled, initial_value
 from modalities_models.nn.block import Block
-from modalities_models.nn.feedforward import FeedForwardCount, FeedForwardShape, PlainFeedForward, dense, dense_count
+from modalities_models.nn.feedforward import PlainFeedForward, dense, dense_count
 from modalities_models.nn.masks import everything
 from modalities_models.nn.norms import norm as make_norm
 from modalities_models.nn.patches import PatchEmbedding
+from modalities_models.parts import FeedForwardCount, FeedForwardShape
 from modalities_models.roles import fill, matmul_parameters, roles
 
 

@@ -10,7 +10,7 @@ from modalities_models.huggingface.family import Family, Names, Shapes, layer_pa
 from modalities_models.huggingface.links import Joined, Link
 from modalities_models.huggingface.rope import LAYER_TYPES, read_rope, write_rope
 from modalities_models.huggingface.settings import Settings
-from modalities_models.nn.feedforward import Activation
+from modalities_models.parts import Activation
 
 GATED_BY: Mapping[str, Activation] = {
     "silu": "swiglu",

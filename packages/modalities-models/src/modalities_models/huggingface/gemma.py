@@ -20,7 +20,7 @@ from modalities_models.huggingface.dense import (
 from modalities_models.huggingface.family import Family, Names, Shapes, layer_pattern, renamed
 from modalities_models.huggingface.links import Link, OneLess
 from modalities_models.huggingface.settings import Settings
-from modalities_models.nn.feedforward import Activation
+from modalities_models.parts import Activation
 
 GEMMA_NAMES = Names(OUTER, ATTENTION | FEEDFORWARD | PRE_NORM, scale=OneLess)
 BEFORE = {"attention_norm": "input_layernorm", "feedforward_norm": "pre_feedforward_layernorm"}
@@ -99,7 +99,7 @@ def _write_capped(a: Architecture) -> dict[str, Any]:
         "query_pre_attn_scalar": a.head_size if a.attention_scale is None else round(a.attention_scale**-2),
         "attn_logit_softcapping": a.attention_softcap,
         "final_logit_softcapping": a.logit_softcap,
-        "sliding_window": widest(a),
+        "sliding_window": widest(a) or a.sequence_length,  # needed even where no layer has one
         "layer_types": layer_types(a),
         "attention_bias": False,
     }

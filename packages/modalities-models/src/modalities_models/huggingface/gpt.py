@@ -10,7 +10,7 @@ from modalities_models.huggingface.family import Family, Names, Shapes, renamed
 from modalities_models.huggingface.links import Joined, Link, Transposed
 from modalities_models.huggingface.rope import read_rope
 from modalities_models.huggingface.settings import Settings
-from modalities_models.nn.feedforward import Activation
+from modalities_models.parts import Activation
 
 GPT2_NAMES = Names(
     outer={

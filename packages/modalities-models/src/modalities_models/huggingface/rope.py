@@ -7,7 +7,8 @@ from typing import Any
 
 from modalities_models.architecture import Architecture
 from modalities_models.huggingface.settings import Settings
-from modalities_models.nn.rope_scaling import Linear, Llama3, Ntk, RopeScaling, Yarn
+from modalities_models.nn.rope_scaling import Linear, Llama3, Ntk, Yarn
+from modalities_models.parts import RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 KNOWN = {

@@ -9,18 +9,13 @@ Shape suffixes: D hidden size, I intermediate size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu_squared"]
-
-GATED = frozenset({"swiglu", "geglu"})
-"""Activations with a gate: three matrices, down(act(gate(x)) * up(x)); the others have two, down(act(up(x)))."""
+from modalities_models.parts import GATED, Activation, FeedForwardCount, FeedForwardShape
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -36,55 +31,6 @@ NONLINEARITY: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "relu_squared": squared_relu,
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class FeedForwardShape:
-    """What a block says about its feed-forward.
-
-    Args:
-        hidden_size: D.
-        intermediate_size: I of the dense feed-forward.
-        activation: between the matrices.
-        bias: biases in the matrices.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    activation: Activation
-    bias: bool
-
-
-class FeedForwardCount(NamedTuple):
-    """What one feed-forward has and keeps.
-
-    total: all parameters.
-    active: parameters that one token passes through.
-    matmul: those of them that are elements of matrices.
-    kept: elements per token that it keeps for the backward pass, its input included.
-    """
-
-    total: int
-    active: int
-    matmul: int
-    kept: int
-
-
-@runtime_checkable
-class FeedForward(Protocol):
-    """What stands in for the dense feed-forward of the blocks: data that builds one module per block."""
-
-    def build(self, shape: FeedForwardShape, layer: int) -> nn.Module:
-        """The module of block ``layer``, from 0: (B, T, D) to (B, T, D)."""
-        ...
-
-    def count(self, shape: FeedForwardShape, layer: int) -> FeedForwardCount:
-        """What that module has and keeps."""
-        ...
-
-    def check(self, layers: int) -> None:
-        """Raise ConfigError if it does not fit a model of ``layers`` blocks."""
-        ...
 
 
 class GatedFeedForward(nn.Module):

@@ -1,8 +1,8 @@
 """One matrix product per expert over rows that lie sorted by expert.
 
-On a GPU this is ``torch.nn.functional.grouped_mm``, one kernel for all experts that reads the group sizes on the
-device. Elsewhere, and for what that kernel does not take, it is a loop over the experts that writes each product in
-its place, hidden in an operator of its own so that torch.compile traces around it.
+On a GPU in bfloat16 this is ``torch.nn.functional.grouped_mm``, one kernel for all experts that reads the group sizes
+on the device. Elsewhere it is a loop over the experts on the host that writes each product in its place, hidden in an
+operator of its own so that torch.compile traces around it.
 
 Shape suffixes: N rows, E experts, I in features, O out features.
 """

@@ -25,15 +25,9 @@ from torch.nn import functional as F
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import World
-from modalities_models.nn.feedforward import (
-    GATED,
-    NONLINEARITY,
-    FeedForwardCount,
-    FeedForwardShape,
-    dense,
-    dense_count,
-)
+from modalities_models.nn.feedforward import NONLINEARITY, dense, dense_count
 from modalities_models.nn.grouped_linear import grouped_linear
+from modalities_models.parts import GATED, FeedForwardCount, FeedForwardShape
 
 Score = Literal["softmax", "sigmoid"]
 

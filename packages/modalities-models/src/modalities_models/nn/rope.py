@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modalities_models.nn.rope_scaling import RopeScaling, plain_frequencies
+from modalities_models.nn.rope_scaling import plain_frequencies
+from modalities_models.parts import RopeScaling
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,30 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from modalities_core.errors import ConfigError
-
-
-@runtime_checkable
-class RopeScaling(Protocol):
-    """Rotary frequencies that differ from theta^(-2i/F)."""
-
-    def frequencies(
-        self, head_size: int, theta: float, sequence_length: int, device: torch.device | None = None
-    ) -> tuple[Tensor, float]:
-        """Radians per position, (head_size / 2,) float32 on ``device``, and the factor on cosines and sines.
-
-        Args:
-            head_size: F, even.
-            theta: base of the wavelengths.
-            sequence_length: the longest input of the model.
-            device: where the frequencies are made; None is torch's default device.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
