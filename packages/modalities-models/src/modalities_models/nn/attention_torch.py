@@ -56,6 +56,8 @@ def _sdpa_refusal(job: Job) -> str | None:
 
 
 def _sdpa(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, job: Job) -> Tensor:
+    if job.device == "cpu" and job.mask.order == "causal" and job.mask.new == 1:
+        return _one_token(query_BHTF, key_BHSF, value_BHSF, job)
     return F.scaled_dot_product_attention(
         query_BHTF,
         key_BHSF,
@@ -67,6 +69,24 @@ def _sdpa(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, job: Job) ->
         scale=job.scores.scale,
         enable_gqa=query_BHTF.shape[1] != key_BHSF.shape[1],
     )
+
+
+def _one_token(query_BH1F: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, job: Job) -> Tensor:
+    """One token after a cache: the heads that share keys and values are read as queries of one head.
+
+    The kernel takes several queries at once with matrix products. In microseconds, 8 heads on 4 of 64, 1000 keys, a
+    batch of 1: 853 to 134 in bfloat16, 110 to 99 in float32.
+    """
+    batch, heads, _, size = query_BH1F.shape
+    query_BHGF = query_BH1F.reshape(batch, key_BHSF.shape[1], -1, size)
+    if query_BHGF.shape[2] == 1 and query_BH1F.dtype == torch.bfloat16:
+        # Where none share, the same query twice still takes half the time (8 heads of 64: 853 to 450).
+        query_BHGF = query_BHGF.expand(-1, -1, 2, -1)
+    mixed_BHGF = F.scaled_dot_product_attention(
+        query_BHGF, key_BHSF, value_BHSF, attn_mask=_dense(job), dropout_p=job.dropout, scale=job.scores.scale
+    )
+    groups = heads // key_BHSF.shape[1]
+    return mixed_BHGF[:, :, :groups].reshape(batch, heads, 1, size)
 
 
 def _dense(job: Job) -> Tensor | None:
