@@ -124,7 +124,12 @@ def their_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
     loader = transformers.AutoModelForCausalLM
     try:
         model, report = loader.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",  # the one that does all that a class defines, soft caps included
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever a library of models makes of a folder it does not like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
