@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from modalities_models.nn.attention_implementations import attend, choose
 from modalities_models.nn.attention_jobs import Job, Scores
 from modalities_models.nn.attention_torch import CHUNKED, PLAIN, SDPA
 from modalities_models.nn.chunked_attention import chunked_attention, chunks
-from modalities_models.nn.masks import Mask, causal, everything
+from modalities_models.nn.masks import causal, everything
 
 IMPLEMENTATIONS = {"chunks": CHUNKED, "sdpa": SDPA, "plain": PLAIN}
 
@@ -33,20 +32,6 @@ def definition(query, key, value, seen, scale=None, softcap=None):
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
-
-
-def seen_by_loops(new, past, window, segments, padding, batch):
-    """(B, 1, T, S) booleans from the words of the contract, one pair of tokens after another."""
-    seen = torch.zeros(batch, 1, new, past + new, dtype=torch.bool)
-    for row, query, key in itertools.product(range(batch), range(new), range(past + new)):
-        place = past + query
-        sees = key <= place and (window is None or place - key < window)
-        if segments is not None:
-            sees = sees and segments[row, query] == segments[row, key]
-        if padding is not None:
-            sees = sees and (key >= padding[row] or key == place)
-        seen[row, 0, query, key] = bool(sees)
-    return seen
 
 
 def compare(attention, query, key, value, seen, tolerance, **options):
@@ -97,7 +82,7 @@ def test_every_implementation_follows_the_definition(name, rows, softcap, window
 
 
 def dense_by_rule(length, window, segments, padding):
-    """As ``seen_by_loops`` without past, by comparisons."""
+    """(B, 1, T, T) booleans: who sees whom."""
     query, key = torch.arange(length)[:, None], torch.arange(length)
     seen = ((key <= query) & (query - key < (window or length))).expand(2, 1, length, length)
     if segments is not None:
@@ -107,33 +92,6 @@ def dense_by_rule(length, window, segments, padding):
     return seen
 
 
-@pytest.mark.parametrize("past", [0, 1, 3, 6])
-@pytest.mark.parametrize("new", [1, 2, 5])
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 7, 20])
-@pytest.mark.parametrize("padding", [None, torch.tensor([0, 2])])
-def test_masks_are_what_the_contract_says(past, new, window, padding):
-    mask = causal(torch.zeros(2, new), past, padding_B=padding)
-    wanted = seen_by_loops(new, past, window, None, padding, 2)
-    got = mask.dense(window)
-    # A cache with a window gives only the keys some new token can see.
-    wanted = wanted[..., past + new - got.shape[-1] :]
-    assert torch.equal(got.expand(wanted.shape), wanted)
-    kept = past if window is None else min(past, window - 1)
-    assert got.shape[-1] == (past + new if window is None or window >= past + new else kept + new)
-    assert torch.equal(mask.hidden(window).expand(2, new, -1), ~wanted[:, 0])
-    if mask.hides_nothing(window):
-        assert wanted.all()
-    if mask.plain_causal(window):
-        assert torch.equal(wanted, torch.ones(2, 1, new, new, dtype=torch.bool).tril())
-
-
-def test_documents_are_masked_as_by_loops():
-    segments = torch.tensor([[3, 3, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
-    for window in (None, 2):
-        wanted = seen_by_loops(6, 0, window, segments, None, 2)
-        assert torch.equal(causal(segments, segments_BT=segments).dense(window), wanted)
-
-
 @pytest.mark.parametrize(("new", "total"), [(1, 1), (1, 9), (4, 9), (9, 9)])
 @pytest.mark.parametrize("key_heads", [1, 4])
 @pytest.mark.parametrize("softcap", [None, 1.0])
@@ -141,7 +99,7 @@ def test_attention_of_the_last_tokens_follows_the_definition(new, total, key_hea
     query = heads(2, 4, new, 8, 0, torch.float64)
     key, value = (heads(2, key_heads, total, 8, seed, torch.float64) for seed in (1, 2))
     mask = causal(query[:, 0, :, 0], total - new)
-    seen = seen_by_loops(new, total - new, None, None, None, 2)
+    seen = torch.arange(total) <= torch.arange(total - new, total)[:, None]
     compare(
         lambda *heads: attend(*heads, mask, Scores(softcap=softcap)), query, key, value, seen, 1e-13, softcap=softcap
     )
@@ -301,9 +259,3 @@ def test_a_bfloat16_step_is_as_close_to_float64_as_torch_attention(compiled, mon
     assert not torch.equal(ours, torchs)
     assert (ours - exact).norm() < 1.5 * (torchs - exact).norm() + 1e-3 * exact.norm()
     assert (ours - exact).norm() < 0.1 * exact.norm()
-
-
-def test_a_mask_is_made_once():
-    mask = Mask("causal", 8, 0, torch.device("cpu"), padding_B=torch.tensor([1]))
-    assert mask.dense(3) is mask.dense(3) and mask.dense(8) is mask.dense(None)
-    assert mask.hidden(3) is mask.hidden(3) and torch.equal(mask.hidden(3), ~mask.dense(3)[:, 0])
