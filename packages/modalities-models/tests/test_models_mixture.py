@@ -174,6 +174,16 @@ def test_the_balance_decides_the_choice_but_not_the_weight():
     assert (experts == 3).any(-1).all() and weights.max() < 1
 
 
+def test_scores_that_vanish_leave_a_finite_output():
+    module = sparse(score="sigmoid", dtype=torch.float32)
+    hidden = torch.randn(1, 4, D)
+    with torch.no_grad():
+        module.router.weight.copy_(-1e4 * hidden[0, 0])
+    out = module(hidden)
+    assert not module.router(hidden[0])[0][0].any(), "the first token's scores are all zero"
+    assert out.isfinite().all() and not out[0, 0].any()
+
+
 def test_grouped_products_pass_torchs_own_checks():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(9, 5, dtype=torch.float64, generator=generator, requires_grad=True)

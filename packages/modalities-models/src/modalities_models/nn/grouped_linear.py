@@ -44,7 +44,7 @@ def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _parts(ends_E: Tensor) -> list[tuple[int, int, int]]:
-    """Number, first row and end of every expert; one without rows still gets a gradient, which is zero."""
+    """Number, first row and end of every expert."""
     ends = ends_E.tolist()
     return list(zip(range(len(ends)), [0, *ends[:-1]], ends, strict=True))
 
@@ -53,7 +53,8 @@ def _parts(ends_E: Tensor) -> list[tuple[int, int, int]]:
 def _forward(rows_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     product_NO = rows_NI.new_empty(rows_NI.shape[0], weight_EOI.shape[1])
     for expert, start, end in _parts(ends_E):
-        torch.mm(rows_NI[start:end], weight_EOI[expert].t(), out=product_NO[start:end])
+        if end > start:
+            torch.mm(rows_NI[start:end], weight_EOI[expert].t(), out=product_NO[start:end])
     return product_NO
 
 
@@ -67,6 +68,9 @@ def _backward(gradient_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, ends_E: 
     gradient_NO = gradient_NO.contiguous()
     of_rows, of_weight = torch.empty_like(rows_NI), torch.empty_like(weight_EOI)
     for expert, start, end in _parts(ends_E):
+        if end == start:
+            of_weight[expert].zero_()
+            continue
         torch.mm(gradient_NO[start:end], weight_EOI[expert], out=of_rows[start:end])
         torch.mm(gradient_NO[start:end].t(), rows_NI[start:end], out=of_weight[expert])
     return of_rows, of_weight

@@ -154,7 +154,8 @@ class Router(nn.Module):
         experts_NK = ranked_NE.detach().topk(self.mixture.experts_per_token, dim=-1).indices
         weights_NK = scores_NE.gather(-1, experts_NK)
         if self.mixture.normalize_weights:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
+            # Sigmoids of all chosen experts can vanish together.
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return weights_NK, experts_NK
 
 
