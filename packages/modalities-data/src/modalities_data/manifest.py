@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,10 +192,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(content, type=Manifest)
         _check_head(path, manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        try:
+        # Where even the head cannot be read, it is told what is wrong with the whole.
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
             _check_head(path, msgspec.json.decode(content, type=_Head))
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            pass  # then it is told what is wrong with the whole
         raise DataError(f"{path} is damaged: {error}") from error
     _check(path, manifest)
     return manifest
