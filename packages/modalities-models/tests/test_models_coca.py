@@ -327,5 +327,7 @@ def test_what_does_not_fit_is_refused():
         model(torch.zeros(1, 7, dtype=torch.int64), images_BCHW=b.images_BCHW[:1])
     with pytest.raises(ConfigError, match=r"only model\.coca gives"):
         CoCaLoss(One())(torch.zeros(1, 2, 3), model.head, b)
+    with pytest.raises(ConfigError, match=r"CoCaOutput.*\n.*loss\.coca for model\.coca"):
+        CrossEntropy()(output_of(model, b), model.head, b)
     with pytest.raises(ConfigError, match="zero or more"):
         CoCaLoss(One(), contrastive_weight=-1.0)

@@ -84,7 +84,16 @@ def objective(component: object, label_smoothing: float, z_loss: float) -> Objec
 
 
 def flattened(hidden_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Hidden states (N, D), targets (N,), weights (N,) float32 or None, and their sum, a float32 scalar."""
+    """Hidden states (N, D), targets (N,), weights (N,) float32 or None, and their sum, a float32 scalar.
+
+    Raises:
+        ConfigError: the model gives more than hidden states.
+    """
+    if isinstance(hidden_BTD, tuple):
+        raise ConfigError(
+            f"the model gives a {type(hidden_BTD).__name__}, and cross entropy takes hidden states alone",
+            hint="train it with the loss that is made for it: loss.coca for model.coca",
+        )
     targets_N = batch.targets_BT.flatten()
     if batch.weights_BT is None:
         tokens = torch.full((), len(targets_N), dtype=torch.float32, device=hidden_BTD.device)
