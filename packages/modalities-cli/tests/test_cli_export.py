@@ -200,10 +200,10 @@ def test_import_copies_no_code_and_reads_old_names(runs, tmp_path) -> None:
 
 
 def test_an_import_that_computes_something_else_is_not_made(runs, tmp_path, monkeypatch) -> None:
-    from modalities_models.huggingface import dense
+    from modalities_models.huggingface import common
 
     invoke("export", runs["llama"], tmp_path / "out", "--no-verify")
-    monkeypatch.setitem(dense.GATED_BY, "silu", "geglu")  # as if we read a setting wrong
+    monkeypatch.setitem(common.GATED_BY, "silu", "geglu")  # as if we read a setting wrong
     with pytest.raises(CheckpointError, match="the logits differ from those of transformers"):
         invoke("import", tmp_path / "out", tmp_path / "start")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

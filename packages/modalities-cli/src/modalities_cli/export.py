@@ -1,4 +1,9 @@
-"""``modalities export``: a trained run as a folder of Hugging Face's."""
+"""``modalities export``: a trained run as a folder of Hugging Face's.
+
+Decoders are written by :mod:`modalities_models.huggingface`. Any other model is, if it has a method
+``export(folder, read, *, dtype, stored, token_ids)`` as :func:`modalities_models.huggingface.exporting.export` has:
+it writes weights, config.json and generation_config.json and gives the name of transformers' class.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,6 @@ if TYPE_CHECKING:
 
     from modalities_core.config.graph import Graph
     from modalities_core.training.lineage import Checkpoint
-    from modalities_models.architecture import Architecture
     from modalities_models.huggingface.verifying import Agreement
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -142,14 +146,19 @@ def export_run(
         tokens = write_run_tokenizer(temporary, graph, run, model, chat_template)
         how = {"dtype": kind, "stored": stored, "token_ids": tokens.ids}
         class_name = _write(temporary, model, read, family, how)
-        agreement = _verified(temporary, model, read) if verify else None
+        agreement = _verified(temporary, model, read, run) if verify else None
         warnings = [*passed_over, *tokens.warnings]
         size, stored = _weights(temporary)
     return Exported(class_name, checkpoint.manifest.step, size, stored, agreement, tuple(warnings))
 
 
-def bare_model(graph: Graph) -> Any:
-    """The run's model without what shards or wraps it, on the meta device: built anywhere, whatever it trained on."""
+def bare_model(graph: Graph, device: str = "meta") -> Any:
+    """The run's model without what shards or wraps it: built anywhere, whatever it trained on.
+
+    Args:
+        graph: of the run.
+        device: ``meta`` for its shapes alone.
+    """
     import torch
 
     from modalities_core.config import references
@@ -163,7 +172,7 @@ def bare_model(graph: Graph) -> Any:
         if not (isinstance(node, dict) and "component" in node and "model" in node):
             break
         path = (*path, "model")
-    with torch.device("meta"):
+    with torch.device(device):
         return graph.build(dotted(path))
 
 
@@ -206,12 +215,24 @@ def _write(folder: Path, model: Any, read: Callable[[str], Tensor], family: str 
     return model.export(folder, read, **how)
 
 
-def _verified(folder: Path, model: Any, read: Callable[[str], Tensor]) -> Agreement:
-    """Read back what was written, compare it with the checkpoint, then its logits with those of transformers."""
-    from modalities_models.huggingface.verifying import exported_decoder, verify
+def _verified(folder: Path, model: Any, read: Callable[[str], Tensor], run: Path) -> Agreement:
+    """Compare what was written with the checkpoint, then its logits in transformers with ours."""
+    import torch
 
-    architecture: Architecture = model.architecture
-    return verify(exported_decoder(folder, architecture, read), folder)
+    from modalities_cli.wiring import open_run
+    from modalities_models.decoder import Decoder
+    from modalities_models.huggingface import verifying
+
+    if isinstance(model, Decoder):
+        return verifying.verify(verifying.exported_decoder(folder, model.architecture, read), folder)
+    whole = bare_model(open_run(run), "cpu")
+    with torch.no_grad():
+        for name, value in whole.state_dict().items():
+            value.copy_(read(name))
+    tokens_BT = verifying.sample_tokens(whole.vocab_size, min(whole.sequence_length, verifying.LONGEST))
+    ours = verifying.our_logits(whole, tokens_BT)
+    del whole
+    return verifying.agreement(ours, verifying.their_logits(folder, tokens_BT))
 
 
 def _weights(folder: Path) -> tuple[int, str]:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from modalities_models.architecture import Architecture
-from modalities_models.huggingface.dense import (
+from modalities_models.huggingface.common import (
     ATTENTION,
     FEEDFORWARD,
     OUTER,
     PRE_NORM,
     layer_types,
+    one_window,
     read_common,
     widest,
     write_common,
@@ -243,8 +244,7 @@ def _read_dots1(settings: Settings) -> Architecture:
     values = read_common(settings)
     settings.require("attention_bias", False, False)
     experts = _read_balanced(settings, values["layers"])
-    missing = "sliding_window" not in settings.values
-    window = 4096 if missing else settings.take("sliding_window", int, None)
+    window = one_window(settings, 4096)[0]
     first = settings.take("max_window_layers", int, 62)
     windows = layer_pattern(settings, values["layers"], window, lambda layer: window is not None and layer >= first)
     return Architecture(**values, query_key_norm="head", feedforward=experts, attention_windows=windows)

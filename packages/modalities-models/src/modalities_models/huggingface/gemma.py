@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from modalities_models.architecture import Architecture, NormPlacement
-from modalities_models.huggingface.dense import (
+from modalities_models.huggingface.common import (
     ATTENTION,
     FEEDFORWARD,
     OUTER,
     PRE_NORM,
     layer_types,
+    one_window,
     read_common,
     require_whole_heads,
     widest,
@@ -74,8 +75,7 @@ def _read_capped(settings: Settings, placement: NormPlacement) -> Architecture:
         act_key="hidden_activation",
         act="gelu_pytorch_tanh",
     )
-    missing = "sliding_window" not in settings.values
-    window = 4096 if missing else settings.take("sliding_window", int, None)
+    window = one_window(settings, 4096)[0]
     windows = layer_pattern(settings, values["layers"], window, lambda layer: layer % 2 == 0)
     caps: dict[str, Any] = {
         name: (default if key not in settings.values else settings.take(key, float, None))

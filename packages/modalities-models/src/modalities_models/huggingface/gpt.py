@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modalities_models.architecture import Architecture
-from modalities_models.huggingface.dense import ACTS, ATTENTION, OUTER, PLAIN_BY, PRE_NORM, widest, write_common
+from modalities_models.huggingface.common import ACTS, ATTENTION, OUTER, PLAIN_BY, PRE_NORM, widest, write_common
 from modalities_models.huggingface.family import Family, Names, Shapes, renamed
 from modalities_models.huggingface.links import Joined, Link, Transposed
 from modalities_models.huggingface.rope import read_rope

@@ -26,6 +26,8 @@ _HARMLESS = """
     top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
     use_cache summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx
     reorder_and_upcast_attn mlp_jitter router_jitter_noise hidden_size_per_head initializer_factor cache_implementation
+    _flash_attn_2_enabled gradient_checkpointing is_llama_config max_sequence_length
+    neftune_noise_alpha num_logits_to_keep
 """
 HARMLESS = frozenset(_HARMLESS.split())
 """Keys that do not change what the model computes from tokens, at least not outside of training by others' code."""
@@ -36,7 +38,7 @@ OFF_WHEN = {
         ("attention_bias", "is_encoder_decoder", "mlp_bias", "qkv_bias", "use_bidirectional_attention", "use_mrope"),
         (False,),
     ),
-    **dict.fromkeys(("qk_layernorm", "use_qk_norm", "use_sliding_window"), (False,)),
+    **dict.fromkeys(("qk_layernorm", "rope_interleaved", "use_qk_norm", "use_sliding_window"), (False,)),
 }
 """Keys that some families do not read, with the values that change nothing."""
 

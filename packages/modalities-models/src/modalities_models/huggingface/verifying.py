@@ -43,12 +43,16 @@ class Agreement(NamedTuple):
     greedy: int
 
 
-def sample_tokens(architecture: Architecture, seed: int = 0) -> Tensor:
-    """Token ids (sequences, length) int64, the same for the same arguments; longer than a window that is not large."""
-    windows = [window for window in architecture.attention_windows if window is not None and window <= LARGE_WINDOW]
-    length = min(architecture.sequence_length, max([LONGEST, *(window + 16 for window in windows)]))
+def sample_tokens(vocab_size: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids (sequences, length) int64, the same for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(architecture.vocab_size, (SEQUENCES, length), generator=generator)
+    return torch.randint(vocab_size, (SEQUENCES, length), generator=generator)
+
+
+def telling_length(architecture: Architecture) -> int:
+    """How many tokens tell one decoder from another: more than a window that is not large."""
+    windows = [window for window in architecture.attention_windows if window is not None and window <= LARGE_WINDOW]
+    return min(architecture.sequence_length, max([LONGEST, *(window + 16 for window in windows)]))
 
 
 def exported_decoder(folder: Path, architecture: Architecture, read: Callable[[str], Tensor]) -> Decoder:
@@ -89,8 +93,8 @@ def torch_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 @torch.no_grad()
-def our_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:
-    """(B, T, V) in float32, of a model in whatever precision; it is in evaluation mode afterwards."""
+def our_logits(model: Any, tokens_BT: Tensor) -> Tensor:
+    """(B, T, V) in float32, of a Model in whatever precision; it is in evaluation mode afterwards."""
     model.eval()
     return model.head(model(tokens_BT)).float()
 
@@ -172,7 +176,7 @@ def verify(model: Decoder, folder: Path) -> Agreement:
         ConfigError: transformers is not installed.
         CheckpointError: it does not load the folder, or the logits differ.
     """
-    tokens_BT = sample_tokens(model.architecture)
+    tokens_BT = sample_tokens(model.vocab_size, telling_length(model.architecture))
     ours = our_logits(model, tokens_BT)
     model.to_empty(device="meta")
     gc.collect()
