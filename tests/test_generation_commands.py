@@ -116,6 +116,24 @@ def test_repetition_penalty_and_the_token_in_front_are_those_of_transformers(tmp
     assert found["tokens"] == theirs(folder, ids, 20, eos_token_id=[256], repetition_penalty=1.7)
 
 
+def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
+    folder = hugging_face(tmp_path / "model")
+    [whole] = written(folder, "--prompt", "ab", *GREEDY, "--max-new-tokens", 12)
+    end = whole["tokens"][5]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, end]}))
+    [found] = written(folder, "--prompt", "ab", *GREEDY, "--max-new-tokens", 12)
+    assert found["tokens"] == whole["tokens"][: whole["tokens"].index(end)]
+    assert found["finish"] == "end"
+    for name in ("generation_config.json", "config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, "eos_token_id": None}))
+    # The usual name of the token is tried before asking.
+    assert written(folder, "--prompt", "ab", *GREEDY, "--max-new-tokens", 12)[0]["tokens"] == whole["tokens"]
+    text = (folder / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>")
+    (folder / "tokenizer.json").write_text(text)
+    refused(ConfigError, "nothing in .* says which token ends a text", "generate", folder)
+
+
 def test_every_way_to_give_prompts(llama, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\n\nthree\n")
