@@ -137,6 +137,12 @@ def test_a_model_trained_with_flash_is_read_without_it(caplog, monkeypatch):
     torch.testing.assert_close(read, decoder(**SIZES)(TOKENS))
 
 
+def test_shapes_are_followed_anywhere():
+    with torch.device("meta"):
+        model = decoder(**SIZES, attention="flash", attention_windows=(20, None))
+        assert model(torch.zeros(2, 150, dtype=torch.int64)).shape == (2, 150, 64)
+
+
 def test_document_ends_by_hand():
     segments = torch.tensor([[4, 4, 7, 7, 7], [7, 1, 1, 2, 3]])
     ends = document_ends(causal(segments, segments_BT=segments))

@@ -80,7 +80,8 @@ def choose(job: Job, name: str = "auto", model: object = None) -> Implementation
         reason = named.refusal(job)
         if reason is None:
             return named
-        if job.gradient:
+        # On the meta device nothing is computed, so there every machine can stand for the one that will.
+        if job.gradient and job.device != "meta":
             raise ConfigError(
                 f"attention: {name} cannot be used for {job.kind()}: {reason}",
                 hint=named.install or "set attention: auto",
