@@ -267,6 +267,34 @@ def test_values_depend_on_name_and_seed_and_on_nothing_else():
     assert not torch.equal(other["position_embedding"], whole["position_embedding"])
 
 
+@pytest.mark.slow
+def test_blocks_compile_whole():
+    model, b = coca(), batch()
+    wanted = output_of(model, b)
+    torch.compiler.reset()
+    for block in (*model.vision.blocks, *model.text_blocks, *model.blocks):
+        block.compile(fullgraph=True, backend="aot_eager")
+    for got, expected in zip(output_of(model, b), wanted, strict=True):
+        torch.testing.assert_close(got, expected)
+    CoCaLoss(One())(output_of(model, b), model.head, b).loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_as_on_the_cpu(precision):
+    model, b = coca(), batch(rows=16)
+    wanted = CoCaLoss(One())(output_of(model, b), model.head, b)
+    model.cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        moved = b.to("cuda")
+        found = CoCaLoss(One())(output_of(model, moved), model.head, moved)
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-4 if precision == "fp32" else 3e-2)
+    assert found.tokens.item() == wanted.tokens.item()
+    captions = generate_captions(model, moved.images_BCHW, end_of_document=0)
+    assert len(captions) == 16 and all(value.grad.isfinite().all() for value in model.parameters())
+
+
 def test_a_trained_encoder_keeps_its_values():
     encoder = vision()
     with torch.no_grad():

@@ -31,6 +31,7 @@ from modalities_core.interfaces import ParallelPlan
 from modalities_models.architecture import Architecture, derived_head_size, derived_intermediate_size, require_positive
 from modalities_models.head import LinearHead
 from modalities_models.initialization import Initialization, Scaled, initial_value
+from modalities_models.nn.attention_implementations import prepare
 from modalities_models.nn.block import Block
 from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.cross_attention import AttentionPooling, CrossAttention, CrossBlock
@@ -182,6 +183,7 @@ class CoCa(nn.Module):
         seen_BQD, images_BE = self.encode_images(images_BCHW)
         hidden_BTD, texts_BE = self._read(tokens_BT, segments_BT)
         mask = causal(tokens_BT)
+        prepare(mask, self.architecture, hidden_BTD, self)
         for block in self.blocks:
             hidden_BTD = block(hidden_BTD, seen_BQD, mask)
         scale = self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp()
@@ -209,6 +211,7 @@ class CoCa(nn.Module):
         mask = causal(tokens_BT, past)
         held: list[KeyValueCache | None] = [*caches] if caches else [None] * (len(self.text_blocks) + len(self.blocks))
         hidden_BTD = self._embed(tokens_BT, past)
+        prepare(mask, self.architecture, hidden_BTD, self)
         for block, cache in zip(self.text_blocks, held, strict=False):
             hidden_BTD = block(hidden_BTD, None, mask, cache)
         for block, cache in zip(self.blocks, held[len(self.text_blocks) :], strict=True):
@@ -250,6 +253,7 @@ class CoCa(nn.Module):
         hidden_BUD = torch.cat((hidden_BTD, class_B1D), 1)  # U: T tokens and the class token
         segments_BU = None if segments_BT is None else F.pad(segments_BT, (0, 1))
         mask = causal(hidden_BUD[..., 0], segments_BT=segments_BU)
+        prepare(mask, self.architecture, hidden_BUD, self)
         for block in self.text_blocks:
             hidden_BUD = block(hidden_BUD, None, mask)
         texts_BE = F.normalize(self.text_projection(self.text_norm(hidden_BUD[:, -1])), dim=-1)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from modalities_core.errors import ConfigError
 from modalities_models.architecture import Architecture, derived_head_size, derived_intermediate_size, require_positive
 from modalities_models.initialization import Initialization, Scaled, initial_value
+from modalities_models.nn.attention_implementations import prepare
 from modalities_models.nn.block import Block
 from modalities_models.nn.feedforward import PlainFeedForward, dense, dense_count
 from modalities_models.nn.masks import everything
@@ -166,6 +167,7 @@ class VisionTransformer(nn.Module):
         if self.architecture.dropout and self.training:
             hidden_BSD = F.dropout(hidden_BSD, self.architecture.dropout)
         mask = everything()
+        prepare(mask, self.architecture, hidden_BSD, self)
         for block in self.blocks:
             hidden_BSD = block(hidden_BSD, None, mask)
         return self.norm(hidden_BSD)
