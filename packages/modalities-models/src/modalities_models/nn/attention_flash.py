@@ -26,7 +26,7 @@ def _refusal(job: Job) -> str | None:
     if job.device != "cuda":
         return f"flash-attn needs a CUDA GPU, and this is {job.device}"
     if not _INSTALLED:
-        return "flash-attn is not installed"
+        return "flash-attn is not installed (pip install modalities-models[flash])"
     if job.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, not {str(job.dtype).removeprefix('torch.')}"
     if job.head_size > LARGEST_HEAD:
@@ -84,6 +84,4 @@ def _prepare(job: Job) -> Tensor | None:
     return None if job.mask.segments_BT is None else document_ends(job.mask)
 
 
-FLASH = Implementation(
-    "flash", _refusal, _attend, _prepare, "pip install modalities-models[flash], or set attention: auto"
-)
+FLASH = Implementation("flash", _refusal, _attend, _prepare)

@@ -121,4 +121,4 @@ def _seen(window: int | None, segments_BT: Tensor | None, padding_B: Tensor | No
     return seen
 
 
-FLEX = Implementation("flex", _refusal, _attend, _blocks, "set attention: auto")
+FLEX = Implementation("flex", _refusal, _attend, _blocks)

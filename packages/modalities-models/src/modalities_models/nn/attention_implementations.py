@@ -84,7 +84,7 @@ def choose(job: Job, name: str = "auto", model: object = None) -> Implementation
         if job.gradient and job.device != "meta":
             raise ConfigError(
                 f"attention: {name} cannot be used for {job.kind()}: {reason}",
-                hint=named.install or "set attention: auto",
+                hint="attention: auto takes the fastest that can",
                 about=(model, "attention"),
             )
     for candidate in _fastest_first(job):

@@ -83,11 +83,9 @@ class Implementation:
         refusal: why it cannot do a job, or None where it can.
         attend: query (B, H, T, F), key and value (B, K, S, F) and the job to (B, H, T, F).
         prepare: makes what it takes of the mask, ahead of the blocks.
-        install: what to do where it is missing.
     """
 
     name: str
     refusal: Callable[[Job], str | None]
     attend: Callable[[Tensor, Tensor, Tensor, Job], Tensor]
     prepare: Callable[[Job], object]
-    install: str = ""
