@@ -1,4 +1,4 @@
-"""CoCa: its parts against PyTorch's own layers, its loss against the published formula, its captions step by step."""
+"""CoCa: what sees what, its loss against the published formula, its captions step by step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from torch import nn
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch, Loss, Model
-from modalities_models.architecture import Architecture
-from modalities_models.captions import generate_captions, recall
+from modalities_models.captions import generate_captions
 from modalities_models.coca import CoCa
 from modalities_models.initialization import Plain
 from modalities_models.losses import CrossEntropy
 from modalities_models.losses.coca import CoCaLoss, contrastive_loss
-from modalities_models.nn.cross_attention import AttentionPooling, CrossAttention, CrossBlock
-from modalities_models.nn.masks import causal
 from modalities_models.vision import VisionTransformer
 
 V, T, B = 31, 6, 5
@@ -57,62 +54,6 @@ def batch(seed=0, rows=B, padded=True):
 
 def output_of(model, b):
     return model(b.tokens_BT, images_BCHW=b.images_BCHW, segments_BT=b.segments_BT)
-
-
-def architecture(**more):
-    numbers = {"hidden_size": 24, "layers": 1, "heads": 3, "key_value_heads": 3, "head_size": 8}
-    return Architecture(
-        vocab_size=1, sequence_length=T, intermediate_size=40, norm="layer", activation="gelu", positions="none",
-        bias=True, **numbers | more,
-    )  # fmt: skip
-
-
-def test_cross_attention_is_that_of_torch():
-    ours, theirs = CrossAttention(24, 16, 3, 8), nn.MultiheadAttention(24, 3, kdim=16, vdim=16, batch_first=True)
-    with torch.no_grad():
-        theirs.in_proj_bias.normal_()
-        for name in ("query", "key", "value"):
-            getattr(theirs, f"{name[0]}_proj_weight").copy_(getattr(ours, name).weight)
-        theirs.in_proj_bias.copy_(torch.cat((ours.query.bias, ours.key.bias, ours.value.bias)))
-        theirs.out_proj.load_state_dict(ours.output.state_dict())
-    hidden, context = torch.randn(2, 4, 24), torch.randn(2, 7, 16)
-    torch.testing.assert_close(ours(hidden, context), theirs(hidden, context, context)[0])
-
-
-def test_pooling_is_cross_attention_of_learned_queries():
-    pooling = AttentionPooling(4, architecture(), 16)
-    nn.init.normal_(pooling.query_embedding)
-    context = torch.randn(2, 7, 16)
-    expected = pooling.attention(pooling.query_embedding.repeat(2, 1, 1), context)
-    torch.testing.assert_close(pooling(context), nn.functional.layer_norm(expected, (24,), eps=1e-5))
-    # A set has no order.
-    torch.testing.assert_close(pooling(context[:, torch.randperm(7)]), pooling(context))
-
-
-def test_a_cross_block_is_a_decoder_layer_of_torch():
-    ours = CrossBlock(architecture(), 0, 24)
-    theirs = nn.TransformerDecoderLayer(
-        24, 3, 40, dropout=0.0, activation=lambda x: nn.functional.gelu(x, approximate="tanh"), batch_first=True,
-        norm_first=True,
-    )  # fmt: skip
-    for value in ours.parameters():
-        nn.init.normal_(value, std=0.3)
-    pairs = {
-        "norm1": "attention_norm", "norm2": "cross_attention_norm", "norm3": "feedforward_norm",
-        "linear1": "feedforward.up", "linear2": "feedforward.down",
-        "self_attn.out_proj": "attention.output", "multihead_attn.out_proj": "cross_attention.output",
-    }  # fmt: skip
-    with torch.no_grad():
-        for their, our in pairs.items():
-            theirs.get_submodule(their).load_state_dict(ours.get_submodule(our).state_dict())
-        for their, our in ((theirs.self_attn, ours.attention), (theirs.multihead_attn, ours.cross_attention)):
-            three = (our.query, our.key, our.value)
-            their.in_proj_weight.copy_(torch.cat([part.weight for part in three]))
-            their.in_proj_bias.copy_(torch.cat([part.bias for part in three]))
-    hidden, context = torch.randn(2, T, 24), torch.randn(2, 7, 24)
-    later = nn.Transformer.generate_square_subsequent_mask(T)
-    expected = theirs(hidden, context, tgt_mask=later)
-    torch.testing.assert_close(ours(hidden, context, causal(hidden[..., 0])), expected)
 
 
 def test_it_is_a_model_and_its_loss_a_loss():
@@ -318,17 +259,6 @@ def test_flops_are_those_that_are_counted():
         forward_and_backward = counted.get_total_flops()
     # Counted by PyTorch without attention's own products on CPU and with the class token and the two projections.
     assert forward_and_backward == pytest.approx(model.flops_per_token(T) * B * T, rel=0.25)
-
-
-def test_recall_counts_both_ways_and_ties_against_us():
-    images = torch.eye(4)
-    assert recall(images, torch.eye(4)) == (1.0, 1.0)
-    swapped = torch.eye(4)[[1, 0, 2, 3]]
-    assert recall(images, swapped) == (0.5, 0.5)
-    assert recall(images, swapped, k=4) == (1.0, 1.0)
-    assert recall(torch.ones(4, 1), torch.ones(4, 1)) == (0.0, 0.0)
-    one_text = torch.stack([torch.eye(4)[0]] * 4) + 0.1 * torch.eye(4)
-    assert recall(images, one_text).image_of_text == 0.25
 
 
 @pytest.mark.parametrize(
