@@ -9,11 +9,13 @@ from torch import nn
 from modalities_core.errors import ConfigError, NumericalError
 from modalities_models.decoder import decoder
 from modalities_models.generation import NewToken, Sampling, generate, generate_batch
+from modalities_models.nn.caches import KeyValueCache
 from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 
 TINY = {"vocab_size": 37, "sequence_length": 12, "hidden_size": 32, "layers": 2, "heads": 4}
 VARIANTS = {
     "rope": {"key_value_heads": 2, "query_key_norm": "head"},
+    "windows": {"key_value_heads": 1, "attention_windows": (5, None)},
     "absolute": {"positions": "absolute", "norm": "layer", "activation": "gelu", "tied_embeddings": True},
     "none": {"positions": "none"},
     "experts": {"feedforward": MixtureOfExperts(experts=4, experts_per_token=2, intermediate_size=16)},
@@ -129,9 +131,10 @@ def test_a_batch_gives_what_each_prompt_alone_gives(variant, cache, sampling):
     assert texts(generate_batch(model, PROMPTS, 20, sampling, seeds, cache=cache), 4) == (alone, ["length"] * 4)
 
 
+@pytest.mark.parametrize("variant", ["rope", "windows", "absolute"])
 @pytest.mark.parametrize("cache", [True, False])
-def test_texts_of_a_batch_end_one_by_one(cache):
-    model = peaked(sequence_length=40, seed=3).double()
+def test_texts_of_a_batch_end_one_by_one(cache, variant):
+    model = peaked(**VARIANTS[variant] | {"sequence_length": 40, "seed": 3}).double()
     whole, _ = texts(generate_batch(model, PROMPTS, 20, Sampling(), cache=False), 4)
     ends = {whole[0][3], whole[1][9], whole[2][0]}
 
@@ -187,7 +190,11 @@ def test_a_model_with_caches_reads_each_token_once_and_drops_texts_that_have_end
     read.clear()
     list(generate_batch(model, PROMPTS, 8, stop=lambda prompt, token: prompt > 1))
     # Two of four ended with their first token.
-    assert read[0] == (4, 12) and read[-1] == (2, 1) and sum(width > 1 for _, width in read) == 2
+    assert read == [(4, 12)] + [(2, 1)] * 7
+    read.clear()
+    monkeypatch.delattr(KeyValueCache, "keep")
+    list(generate_batch(model, PROMPTS, 8, stop=lambda prompt, token: prompt > 1))
+    assert read == [(4, 12)] + [(4, 1)] * 7
 
 
 def test_a_batch_equals_transformers_greedy_text():

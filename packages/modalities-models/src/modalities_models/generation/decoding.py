@@ -104,7 +104,7 @@ def generate_batch(
     Args:
         model: any Model. One that has ``new_caches(capacity)`` takes its result as a second argument and reads each
             token only once while the window is not full; it also takes ``padding_B`` by keyword, (B,) int64, how
-            many tokens at the left of each row are no text.
+            many tokens at the left of each row are no text. Caches with ``keep(rows)`` drop texts that have ended.
         prompts: ids, at least one each; of any lengths.
         max_new_tokens: the most tokens to give for each.
         sampling: how tokens are chosen; by default from the model's own distribution.

@@ -68,9 +68,10 @@ class Reader:
 
     def _continue(self, texts: dict[int, list[int]]) -> tuple[list[int], Tensor]:
         """Logits from one more column, or from all columns where there are no caches that could take it."""
-        full = self._columns == self._window
-        if self._caches is None or full or 2 * len(texts) <= len(self._cached):
+        if self._caches is None or self._columns == self._window:
             return list(texts), self._begin(texts)
+        if 2 * len(texts) <= len(self._cached):
+            self._drop_ended(texts)
         # Rows of texts that have ended go on with any token, until they are half of all.
         columns = [[texts[key][-1] if key in texts else 0] for key in self._cached]
         logits_BV = self._forward(self._tensor(columns))
@@ -78,6 +79,17 @@ class Reader:
             return self._cached, logits_BV
         places = [place for place, key in enumerate(self._cached) if key in texts]
         return [self._cached[place] for place in places], logits_BV[places]
+
+    def _drop_ended(self, texts: dict[int, list[int]]) -> None:
+        """Take the rows of texts that have ended out of the caches, where these can."""
+        if not all(hasattr(cache, "keep") for cache in self._caches):
+            return
+        places = [place for place, key in enumerate(self._cached) if key in texts]
+        rows = self._tensor(places)
+        for cache in self._caches:
+            cache.keep(rows)
+        self._cached = [self._cached[place] for place in places]
+        self._padding_B = None if self._padding_B is None else self._padding_B[rows]
 
     def _begin(self, texts: dict[int, list[int]]) -> Tensor:
         """Logits from a pass over whole texts into new caches."""

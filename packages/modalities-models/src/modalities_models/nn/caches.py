@@ -52,6 +52,15 @@ class KeyValueCache:
         self._end, self._kept = end, self._still_seen(self._kept + new)
         return self._keys[:, :, start:end], self._values[:, :, start:end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts, and forget the others.
+
+        Args:
+            rows: (R,) int64, their rows; those of the next tokens are in the same order.
+        """
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+
     def _slide(self, key_BHTF: Tensor, value_BHTF: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Add tokens that do not fit behind the others: what later tokens see moves to the front."""
         assert self._keys is not None and self._values is not None
