@@ -31,6 +31,8 @@ class CoCaLoss:
     of 32 is another, easier task. Captions without any weight, as in the last held-out batch, are nobody's
     counterpart. Two captions in a micro batch that say the same are still told to differ.
 
+    Held-out data is judged by the whole as well, so the perplexity shown beside it is not that of the captions alone.
+
     Args:
         world: the ranks whose captions are compared with each other.
         captioning: the loss of the captions' tokens; default ``loss.cross_entropy``.
@@ -58,7 +60,7 @@ class CoCaLoss:
 
     @property
     def evaluation(self) -> CoCaLoss:
-        """The same with the captioning loss by which that one is judged; its exponential is no perplexity of text."""
+        """The same with what its captioning loss is judged by in place of that."""
         judged: Loss = getattr(self.captioning, "evaluation", self.captioning)
         if judged is self.captioning:
             return self
