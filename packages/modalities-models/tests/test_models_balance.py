@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from modalities_core.interfaces import Batch
 from modalities_core.training.world import Alone
@@ -91,6 +94,19 @@ def test_the_bias_moves_by_the_sign_of_what_is_missing():
     assert not router.load.any()
     model.finish_step(Alone("cpu"))
     assert router.balance.tolist() == [-0.25, 0, 0, 0, 0, 0, 0.25, 0.25], "no tokens, no news"
+
+
+def test_recomputed_blocks_move_the_bias_alike():
+    plain, recomputed = uneven(balance_rate=0.01), uneven(balance_rate=0.01)
+    for block in recomputed.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    tokens = torch.randint(VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    for model in (plain, recomputed):
+        model(tokens).square().sum().backward()
+        model.finish_step(Alone("cpu"))
+    for one, other in zip(plain.buffers(), recomputed.buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert any(buffer.any() for buffer in plain.buffers())
 
 
 @pytest.mark.parametrize("layers", [(), (0, 1)])
