@@ -307,3 +307,14 @@ def test_the_command_ends_with_the_codes_it_promises(runs, tmp_path) -> None:
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 4 and "models of type `mamba` cannot be imported" in done.stderr
+
+
+def test_tensors_that_would_be_left_behind_are_refused(runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["llama"], run)
+    resolved = run / "config.resolved.yaml"
+    resolved.write_text(
+        resolved.read_text().replace("key_value_heads: 1", "key_value_heads: 1\n    tied_embeddings: true")
+    )
+    with pytest.raises(CheckpointError, match=r"1 differ, such as head.weight"):
+        invoke("export", run, tmp_path / "out")

@@ -1,8 +1,10 @@
 """``modalities export``: a trained run as a folder of Hugging Face's.
 
-Decoders are written by :mod:`modalities_models.huggingface`. Any other model is, if it has a method
-``export(folder, read, *, dtype, stored, token_ids)`` as :func:`modalities_models.huggingface.exporting.export` has:
-it writes weights, config.json and generation_config.json and gives the name of transformers' class.
+Decoders are written by :mod:`modalities_models.huggingface`. Any other model is, if it has two methods:
+``export(folder, read, *, dtype, stored, token_ids)`` with the arguments of
+:func:`modalities_models.huggingface.exporting.export` writes weights, config.json and generation_config.json and gives
+the name of transformers' class; ``compare(folder, read)`` gives an
+:class:`modalities_models.huggingface.verifying.Agreement`.
 """
 
 from __future__ import annotations
@@ -146,19 +148,14 @@ def export_run(
         tokens = write_run_tokenizer(temporary, graph, run, model, chat_template)
         how = {"dtype": kind, "stored": stored, "token_ids": tokens.ids}
         class_name = _write(temporary, model, read, family, how)
-        agreement = _verified(temporary, model, read, run) if verify else None
+        agreement = _verified(temporary, model, read) if verify else None
         warnings = [*passed_over, *tokens.warnings]
         size, stored = _weights(temporary)
     return Exported(class_name, checkpoint.manifest.step, size, stored, agreement, tuple(warnings))
 
 
-def bare_model(graph: Graph, device: str = "meta") -> Any:
-    """The run's model without what shards or wraps it: built anywhere, whatever it trained on.
-
-    Args:
-        graph: of the run.
-        device: ``meta`` for its shapes alone.
-    """
+def bare_model(graph: Graph) -> Any:
+    """The run's model without what shards or wraps it, on the meta device: built anywhere, whatever it trained on."""
     import torch
 
     from modalities_core.config import references
@@ -172,7 +169,7 @@ def bare_model(graph: Graph, device: str = "meta") -> Any:
         if not (isinstance(node, dict) and "component" in node and "model" in node):
             break
         path = (*path, "model")
-    with torch.device(device):
+    with torch.device("meta"):
         return graph.build(dotted(path))
 
 
@@ -193,8 +190,9 @@ def _refuse_other_tensors(checkpoint: Checkpoint, model: Any) -> None:
         CheckpointError: what wrapped the model in the run has added tensors or renamed them.
     """
     from modalities_core.errors import CheckpointError
+    from modalities_core.training.parameters import tensor_layout
 
-    here, there = set(model.state_dict()), set(checkpoint.manifest.tensors)
+    here, there = set(tensor_layout(model)), set(checkpoint.manifest.tensors)
     if lost := sorted(here ^ there):
         raise CheckpointError(
             f"{checkpoint.folder} does not hold the tensors of a {type(model).__name__}: {len(lost)} differ, such as "
@@ -215,24 +213,14 @@ def _write(folder: Path, model: Any, read: Callable[[str], Tensor], family: str 
     return model.export(folder, read, **how)
 
 
-def _verified(folder: Path, model: Any, read: Callable[[str], Tensor], run: Path) -> Agreement:
+def _verified(folder: Path, model: Any, read: Callable[[str], Tensor]) -> Agreement:
     """Compare what was written with the checkpoint, then its logits in transformers with ours."""
-    import torch
-
-    from modalities_cli.wiring import open_run
     from modalities_models.decoder import Decoder
-    from modalities_models.huggingface import verifying
+    from modalities_models.huggingface.verifying import exported_decoder, verify
 
     if isinstance(model, Decoder):
-        return verifying.verify(verifying.exported_decoder(folder, model.architecture, read), folder)
-    whole = bare_model(open_run(run), "cpu")
-    with torch.no_grad():
-        for name, value in whole.state_dict().items():
-            value.copy_(read(name))
-    tokens_BT = verifying.sample_tokens(whole.vocab_size, min(whole.sequence_length, verifying.LONGEST))
-    ours = verifying.our_logits(whole, tokens_BT)
-    del whole
-    return verifying.agreement(ours, verifying.their_logits(folder, tokens_BT))
+        return verify(exported_decoder(folder, model.architecture, read), folder)
+    return model.compare(folder, read)
 
 
 def _weights(folder: Path) -> tuple[int, str]:
