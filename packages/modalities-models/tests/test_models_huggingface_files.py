@@ -224,6 +224,27 @@ def test_settings_as_they_lie_on_the_hub_are_read(name: str, tmp_path: Path) -> 
         assert not Checkpoint(tmp_path).differences(found.architecture)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"attention_factor": 1.3}, {"mscale": 1.0, "mscale_all_dim": 0.7}, {"beta_fast": 16, "truncate": False}],
+)
+def test_yarn_turns_and_scales_as_in_transformers(more, tmp_path: Path) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, **more}
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        rope_parameters={"rope_theta": 5e3, **scaling},
+    )
+    config.save_pretrained(tmp_path)
+    found = Checkpoint(tmp_path).architecture
+    frequencies, factor = found.rope_scaling.frequencies(found.head_size, found.rope_theta, found.sequence_length)
+    wanted, wanted_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    assert torch.equal(frequencies, wanted) and factor == pytest.approx(wanted_factor, rel=1e-12)
+
+
 def test_logits_that_differ_are_told_from_rounding() -> None:
     ours = torch.randn(1, 5, 7)
     assert agreement(ours, ours * (1 + 1e-6)).greedy == 5
