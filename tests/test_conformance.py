@@ -36,6 +36,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "world.auto": ("{component: world.auto}", interfaces.World),
     "model.decoder": (NANO, interfaces.Model),
     "model.pretrained": ("{component: model.pretrained, path: DATA/hugging_face}", interfaces.Model),
+    "model.huggingface": ("{component: model.huggingface, path: DATA/hugging_face}", interfaces.Model),
     "model.vision_transformer": (VISION, None),
     "model.coca": (COCA, interfaces.Model),
     "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),

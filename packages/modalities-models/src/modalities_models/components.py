@@ -3,6 +3,7 @@
 COMPONENTS: dict[str, str] = {
     "model.decoder": "modalities_models.decoder:decoder",
     "model.pretrained": "modalities_models.huggingface.pretrained:pretrained",
+    "model.huggingface": "modalities_models.huggingface.wrapped:huggingface",
     "model.vision_transformer": "modalities_models.vision:VisionTransformer",
     "model.coca": "modalities_models.coca:CoCa",
     "initialization.plain": "modalities_models.initialization:Plain",
