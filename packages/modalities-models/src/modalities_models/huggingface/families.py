@@ -117,5 +117,8 @@ def read_architecture(settings: Settings) -> tuple[Family, Architecture]:
         architecture = family.read(settings)
     except ConfigError as error:
         raise CheckpointError(f"{settings.source}: {error.message}", hint=error.hint) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        kind = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{settings.source} is no config.json of a {family.class_name} ({kind})") from error
     settings.finish()
     return family, architecture

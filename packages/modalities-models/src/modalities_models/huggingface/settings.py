@@ -42,6 +42,7 @@ OFF_WHEN = {
 }
 """Keys that some families do not read, with the values that change nothing."""
 
+LARGEST = 2**31
 _MISSING = object()
 
 
@@ -75,6 +76,8 @@ class Settings:
             value = float(value)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise CheckpointError(f"{self.source}: `{key}` is {value!r}, which is no {wanted[0].__name__}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise CheckpointError(f"{self.source}: `{key}` is {value}, which no model has")
         return value
 
     def require(self, key: str, expected: Any, default: Any = _MISSING) -> None:
