@@ -111,6 +111,14 @@ def test_presets_have_a_stock_class_of_the_published_size(name: str, tmp_path: P
         ({"norm_placement": "post", "query_key_norm": "projection"}, "olmo2"),
         ({"norm_placement": "post", "query_key_norm": "projection", "attention_windows": (4, 4, None)}, "olmo3"),
         ({"logit_softcap": 3.0, "activation": "geglu", "embedding_multiplier": 32**0.5}, "vaultgemma"),
+        (
+            {
+                "feedforward": MixtureOfExperts(
+                    experts=4, experts_per_token=2, intermediate_size=8, score="sigmoid", shared_intermediate_size=16
+                )
+            },
+            "glm4_moe",
+        ),
         ({"dropout": 0.1, "attention": "sdpa", "vocab_multiple": 64}, "llama"),
     ],
 )
@@ -126,7 +134,7 @@ def test_the_family_follows_from_the_numbers(changes, family) -> None:
         ({"norm": "layer"}, "norm layer"),
         (
             {"feedforward": MixtureOfExperts(experts=4, experts_per_token=2, intermediate_size=8)},
-            "cannot have feedforward",
+            r"MixtralForCausalLM, which cannot have feedforward.balance_rate 0.001 \(it has 0\)",
         ),
     ],
 )

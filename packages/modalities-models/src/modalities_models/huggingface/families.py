@@ -11,6 +11,7 @@ from modalities_models.architecture import Architecture
 from modalities_models.huggingface import dense, experts, gemma, gpt
 from modalities_models.huggingface.family import Family
 from modalities_models.huggingface.settings import Settings
+from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -43,6 +44,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 """By ``model_type``, in the order in which they are tried: the most widely supported first."""
 
+EXPERTS_HINT = (
+    "a mixture of experts goes out with balance_rate 0 (Mixtral, Qwen), or with score sigmoid, a balance_rate and "
+    "shared experts a whole number of times as wide as one expert (GLM-4-MoE)"
+)
+
 
 def family_of(architecture: Architecture) -> Family:
     """The first family that can express a decoder exactly.
@@ -61,7 +67,8 @@ def family_of(architecture: Architecture) -> Family:
     nearest = min(differences, key=lambda family: len(differences[family]))
     raise ConfigError(
         f"no stock class of transformers computes what this decoder does; the nearest is {nearest.class_name}, "
-        f"which cannot have {', nor '.join(differences[nearest])}"
+        f"which cannot have {', nor '.join(differences[nearest])}",
+        hint=EXPERTS_HINT if isinstance(architecture.feedforward, MixtureOfExperts) else "",
     )
 
 

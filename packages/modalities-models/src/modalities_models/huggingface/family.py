@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ class Family:
         back = self.read(Settings(self.write(architecture), Path(f"{self.model_type}'s config.json")))
         wanted, got = canonical(architecture), canonical(back)
         return [
-            f"{name} {_words(getattr(wanted, name))} (it has {_words(getattr(got, name))})"
+            clause
             for name in unequal(wanted, got, EXECUTION)
+            for clause in _clauses(name, getattr(wanted, name), getattr(got, name))
         ]
 
 
@@ -178,6 +179,17 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float | int):
         return math.isclose(one, other, rel_tol=1e-9)
     return one == other
+
+
+def _clauses(name: str, wanted: Any, got: Any) -> list[str]:
+    """What of a field is lost: of two objects of one kind, only the arguments that differ."""
+    if is_dataclass(wanted) and type(wanted) is type(got):
+        pairs = [
+            (f"{name}.{item.name}", getattr(wanted, item.name), getattr(got, item.name)) for item in fields(wanted)
+        ]
+    else:
+        pairs = [(name, wanted, got)]
+    return [f"{name} {_words(one)} (it has {_words(other)})" for name, one, other in pairs if not _equal(one, other)]
 
 
 def _words(value: Any) -> str:
