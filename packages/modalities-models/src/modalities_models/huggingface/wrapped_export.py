@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import CheckpointError
+from modalities_models.huggingface.settings import read_settings
 from modalities_models.huggingface.verifying import SEQUENCES, SMALLEST, Agreement, agreement, their_logits
 from modalities_models.huggingface.wrapped_config import Description
 from modalities_models.huggingface.wrapped_weights import FolderWeights
@@ -49,6 +50,7 @@ def export(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(owner, name, token_ids.get(name))
     network.config.dtype = max(cast.values(), key=lambda value: value.nbytes).dtype
+    _without_progress_bar()
     network.save_pretrained(folder)
     return description.class_name
 
@@ -67,13 +69,15 @@ def compare(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> Ag
     """
     wrapped: Any = model
     weights = FolderWeights(folder, wrapped.network, wrapped._tied)
+    values = read_settings(folder).values
+    eps = torch.finfo(getattr(torch, str(values.get("dtype") or values["torch_dtype"]))).eps
     wrapped.to_empty(device="cpu")
     targets = dict(wrapped.named_parameters()) | dict(wrapped.named_buffers())
     with torch.no_grad():
         for name, value in wrapped._construction.values(wrapped.seed, frozenset(tensors)):
             targets[f"network.{name}"].copy_(value)
         for name, value in weights.values():
-            _refuse_loss(name, value, tensors[name])
+            _refuse_loss(name, value, tensors[name], eps)
             targets[f"network.{name}"].copy_(value)
     generator = torch.Generator().manual_seed(0)
     shape = (SEQUENCES, min(wrapped.sequence_length, LONGEST))
@@ -84,12 +88,17 @@ def compare(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> Ag
     return agreement(ours_BTV, their_logits(folder, tokens_BT))
 
 
-def _refuse_loss(name: str, value: Tensor, original: Tensor) -> None:
-    """Values may differ by the rounding of bfloat16, the coarsest type there is for an export."""
-    allowed = torch.finfo(torch.bfloat16).eps * original.float().abs() + SMALLEST
-    lost = ~((value.float() - original.float()).abs() <= allowed)
+def _refuse_loss(name: str, value: Tensor, original: Tensor, eps: float) -> None:
+    """Values may differ by the rounding of the type they are stored in, and by nothing else."""
+    lost = ~((value.float() - original.float()).abs() <= eps * original.float().abs() + SMALLEST)
     if lost.any():
         raise CheckpointError(
             f"{name} comes back otherwise than it was written: {value[lost][0]:g} for {original[lost][0]:g}",
             hint="a narrow type may not hold it; --dtype float32 does. If that comes back wrong too, report it",
         )
+
+
+def _without_progress_bar() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
