@@ -5,7 +5,9 @@ All read special tokens that occur inside a document as ordinary text: only we w
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -30,6 +32,8 @@ class TokenizersEngine:
     name = "tokenizers"
     CALL_CHARACTERS = 1 << 16
     """How much text is encoded at once: the library's encodings take some hundred bytes per token until they go."""
+    LONG_CHARACTERS = 1 << 18
+    """A document from here on gets the memory that was freed before it."""
 
     def __init__(self, content: str) -> None:
         """Load ``content``, the text of a tokenizer.json; cutting and padding are switched off."""
@@ -43,14 +47,27 @@ class TokenizersEngine:
 
     def encode_flat(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids back to back, uint32, and (documents + 1,) int64 offsets."""
-        ids = [
-            np.array(encoding.ids, np.uint32)
-            for batch in _batches(documents, self.CALL_CHARACTERS)
-            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        ]
+        ids: list[np.ndarray] = []
+        for batch in _batches(documents, self.CALL_CHARACTERS):
+            long = len(batch[-1]) > self.LONG_CHARACTERS
+            if long:
+                _return_freed_memory()
+            ids += [
+                np.array(encoding.ids, np.uint32)
+                for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ]
+            if long:
+                _return_freed_memory()
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(part) for part in ids], out=offsets[1:])
         return np.concatenate([*ids, np.empty(0, np.uint32)]), offsets
+
+
+def _return_freed_memory() -> None:
+    """Hand what was freed back to the system: a long document would come on top of what glibc keeps for the next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _batches(documents: Sequence[str], characters: int) -> Iterator[list[str]]:
