@@ -25,6 +25,7 @@ CONFIGS = sorted(ROOT.glob("config_files/*.yaml"))
 SMALL = {
     "quickstart": ["model.vocab_size=4096"],
     "config_lorem_ipsum": [],
+    "huggingface": ["settings.sequence_length=32"],
     "llama_1b_fsdp": [
         "model.model.preset=nano",
         "model.model.vocab_size=4096",
@@ -80,9 +81,13 @@ def _short(config: Path) -> list[str]:
 
 
 def keys_of(text: str) -> list[tuple[int, int, str]]:
-    """Line, column and name of all keys."""
+    """Line, column and name of all keys but those of a ``config``, which are the names of another library."""
     found = []
+    deeper = ""
     for number, line in enumerate(text.splitlines()):
+        if deeper and line.startswith(deeper):
+            continue
+        deeper = re.match(r" *", line)[0] + " " if line.strip() == "config:" else ""
         if not line.lstrip().startswith("#"):
             matches = re.finditer(r"(?:^[\s-]*|[{,]\s*)(\w+):(?=\s|$)", line)
             found += [(number, match.start(1), match.group(1)) for match in matches]
