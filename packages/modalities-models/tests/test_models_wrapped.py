@@ -235,6 +235,16 @@ def test_a_name_on_the_hub_is_no_folder() -> None:
         huggingface(path=Path("Qwen/Qwen3-0.6B"))
 
 
+def test_the_implementation_of_attention_can_be_chosen() -> None:
+    plain = wrapped("llama")
+    eager = huggingface(model_type="llama", config=small("llama"), attention="eager", seed=1)
+    assert plain.network.config._attn_implementation == "sdpa"
+    assert eager.network.config._attn_implementation == "eager"
+    torch.testing.assert_close(eager(tokens(2, 9)), plain(tokens(2, 9)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM refuses its config"):
+        huggingface(model_type="gemma2", config=small("gemma2"), attention="sdpa")
+
+
 def test_longer_inputs_are_refused() -> None:
     with pytest.raises(ConfigError, match="longer than sequence_length 24"):
         wrapped("llama")(tokens(1, 25))
