@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,12 @@ def test_every_model_type_that_keeps_documents_reads_from_left_to_right() -> Non
 def test_refusals(arguments: dict, message: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
         huggingface(**arguments)
+
+
+def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    with pytest.raises(ConfigError, match=r"needs transformers 5, this is 4\.57\.1\n.*pip install 'transformers>=5,<6"):
+        wrapped("llama")
 
 
 def test_a_name_on_the_hub_is_no_folder() -> None:

@@ -28,11 +28,11 @@ NETWORK = "network."
 _KEEPS_DOCUMENTS = """
     apertus arcee bitnet cohere cohere2 cwm ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4
     glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense jais2 llama
-    minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2
+    minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma
 """
 KEEPS_DOCUMENTS = frozenset(_KEEPS_DOCUMENTS.split())
-"""Types whose classes keep documents apart by their positions alone; each is tried out in the tests."""
+"""Types whose classes keep documents apart by their positions alone, from transformers 5.0 on; each is tested."""
 
 
 class HuggingFaceModel(nn.Module):
@@ -62,6 +62,7 @@ class HuggingFaceModel(nn.Module):
 
         def build() -> nn.Module:
             network: Any = description.build()
+            network.tie_weights()  # some versions leave that out where there is no memory
             ties.extend(replace_ties(network))
             network.initialize_weights()
             return network
@@ -218,7 +219,8 @@ def huggingface(
     """Any causal language model of the transformers library, as its own class computes it; needs the extra.
 
     Give either a folder or a model_type. Nothing is ever downloaded, and no code that comes with weights is run.
-    Auxiliary losses that a class adds to its own loss, such as those that balance experts, are not added here.
+    Auxiliary losses that a class adds to its own loss, such as those that balance experts, are not added here. It
+    takes transformers 5 or later.
 
     Args:
         path: a folder of Hugging Face's on this machine with config.json and, unless weights is random, safetensors.
@@ -231,8 +233,8 @@ def huggingface(
         seed: of random weights.
 
     Raises:
-        ConfigError: transformers is not installed, the family or a key of config is unknown, or the class is none that
-            can be trained as a language model here.
+        ConfigError: transformers is not installed or too old, the family or a key of config is unknown, or the class is
+            none that can be trained as a language model here.
         CheckpointError: there is no such folder, or its weights are pickles, missing, damaged or of other shapes.
     """
     description = describe(path, model_type, config or {}, weights, attention)

@@ -17,6 +17,8 @@ from modalities_models.huggingface.settings import read_settings
 
 log = logging.getLogger("modalities")
 
+EARLIEST = 5
+"""Version of transformers: many classes of earlier ones let packed documents see each other."""
 OTHER_ORDER = frozenset(("cpmant", "flaubert", "reformer", "xlm", "xlnet"))
 """Types whose classes do not read from left to right by themselves, one token seeing only those before it."""
 
@@ -137,6 +139,11 @@ def _library() -> Any:
             "component model.huggingface needs transformers, which is not installed",
             hint="pip install 'modalities-models[transformers]'",
         ) from error
+    if int(transformers.__version__.partition(".")[0]) < EARLIEST:
+        raise ConfigError(
+            f"component model.huggingface needs transformers {EARLIEST}, this is {transformers.__version__}",
+            hint=f"pip install 'transformers>={EARLIEST},<{EARLIEST + 1}'",
+        )
     return transformers
 
 
