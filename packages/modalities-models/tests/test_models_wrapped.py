@@ -180,6 +180,19 @@ def test_flops_are_those_of_our_decoder(model_type: str) -> None:
         assert model.flops_per_token(length) == pytest.approx(ours.flops_per_token(length))
 
 
+def test_flops_of_latent_attention_and_experts_by_hand() -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    sizes = {key: value for key, value in small("deepseek_v3").items() if key != "head_dim"}
+    model = huggingface(model_type="deepseek_v3", config=sizes | latent | experts | {"num_key_value_heads": 4})
+    attention = 32 * 16 + 16 * 4 * 16 + 32 * (8 + 8) + 8 * 4 * (8 + 8) + 4 * 8 * 32
+    dense, expert, router, head = 3 * 32 * 48, 3 * 32 * 24, 4 * 32, 83 * 32
+    matmul = 2 * attention + dense + (2 + 1) * expert + router + head
+    assert model.flops_per_token(20) == 6 * matmul + 2 * 6 * 4 * (16 + 8) * 20
+    other = class_with_weights_of(model.eval())
+    torch.testing.assert_close(model.head(model(tokens(2, 9))), other(tokens(2, 9)).logits, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model_type", "blocks"),
     [
