@@ -6,27 +6,17 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Dataset
 from modalities_data.datasets import ImageTextDataset, MixtureDataset, PartDataset
 from modalities_data.image_text import open_images, read_captions, read_manifest, write_image_text
-from modalities_data.loading.batches import HeldOutBatches, ShuffledBatches
 from modalities_data.prepare.image_text import image_text, read_image
 from modalities_data.tokenizers.bytes import BytesTokenizer
 
 TEXTS = ["a cat", ["zwei Hunde", "two dogs"], "", "naïve 🙂"]
 CAPTIONS = ["a cat", "zwei Hunde", "two dogs", "", "naïve 🙂"]
 IMAGE_OF = [0, 1, 1, 2, 3]
-
-
-class Place:
-    """A world's place, as batches ask for it."""
-
-    rank = data_rank = 0
-    size = data_size = 1
-    device = torch.device("cpu")
 
 
 def pictures(count=4, height=3, width=5):
@@ -89,6 +79,16 @@ def test_fingerprints_tell_data_apart(folder, tmp_path):
 
 
 def test_batches_bring_the_images_in_the_order_of_models(folder):
+    torch = pytest.importorskip("torch")
+    from modalities_data.loading.batches import HeldOutBatches, ShuffledBatches
+
+    class Place:
+        """A world's place, as batches ask for it."""
+
+        rank = data_rank = 0
+        size = data_size = 1
+        device = torch.device("cpu")
+
     dataset = ImageTextDataset(folder, BytesTokenizer(), 12)
     batches = ShuffledBatches(dataset, Place(), samples_per_step=4, micro_batch_size=2)
     assert batches.image_shape == (3, 5, 3)
