@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
@@ -96,23 +92,5 @@ print("equal")
 """
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "store"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    assert all(output.endswith("equal\n") for output in outputs)
+def test_two_ranks_compute_what_one_does(on_two_ranks):
+    on_two_ranks(RANK)

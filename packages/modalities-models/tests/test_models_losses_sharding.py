@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
@@ -60,23 +55,5 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_head_sharded_by_itself_is_called(tmp_path: Path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "store"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    assert all(output.endswith("equal\n") for output in outputs)
+def test_a_head_sharded_by_itself_is_called(on_two_ranks):
+    on_two_ranks(RANK)
