@@ -12,6 +12,7 @@ import msgspec
 from modalities_core.errors import ConfigError, DataError, ModalitiesError, ResourceError
 from modalities_data.inputs.units import Unit
 from modalities_data.prepare.shards import Job, Report, UnitResult, committed, pack_unit
+from modalities_data.prepare.workers import ONE_THREAD
 
 SECONDS_BETWEEN_REPORTS = 0.5
 
@@ -43,7 +44,7 @@ def pack_on_ray(job: Job, units: dict[int, Unit], workers: int, report: Report) 
         ray.init(log_to_driver=False, **options)
     try:
         cpus = max(workers, int(ray.cluster_resources().get("CPU", workers)))
-        variables = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables = dict(ONE_THREAD)
         task = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": variables})(_pack)
         shared = ray.put(job)
         waiting = iter(units.items())

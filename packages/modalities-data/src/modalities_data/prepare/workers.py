@@ -20,7 +20,7 @@ from modalities_data.prepare.shards import Job, Report, UnitResult, pack_unit
 
 SECONDS_BETWEEN_REPORTS = 0.2
 # Parallelism is in the processes: threads of the tokenizers beneath them would only fight for the same cores.
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ONE_THREAD = {"RAYON_NUM_THREADS": "1"}
 
 _worker: dict[str, Any] = {}
 
