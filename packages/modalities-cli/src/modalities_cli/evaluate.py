@@ -54,6 +54,7 @@ def evaluate(
         modalities eval runs/quickstart --tasks my_task --include-path tasks/ --out figures.json
         modalities eval runs/quickstart/checkpoints/step-00000300 --tasks hellaswag,arc_easy --limit 200
     """
+    from modalities_cli.source import chosen_device
     from modalities_core.errors import ConfigError
 
     require_extra()
@@ -87,21 +88,6 @@ def require_extra() -> None:
             f"modalities eval needs lm-eval ({', '.join(missing)} not found)",
             hint='pip install "modalities-cli[eval]"',
         )
-
-
-def chosen_device(device: str) -> str:
-    """``cpu`` or ``cuda``; auto is a GPU if there is one.
-
-    Raises:
-        ConfigError: there is none, but it was asked for.
-    """
-    import torch
-
-    from modalities_core.errors import ConfigError
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device on this machine", hint="--device cpu, or leave it out")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def found_tasks(names: list[str], include_path: Path | None) -> TaskManager:
@@ -140,12 +126,12 @@ def _loaded(manager: TaskManager, name: str) -> list[Any]:
         DataError: its definition or its data cannot be read.
         ConfigError: it runs code that a model wrote.
     """
-    from modalities_core.errors import ConfigError, DataError
+    from modalities_core.errors import ConfigError, DataError, first_line
 
     try:
         found = manager.load([name])
     except Exception as error:  # whatever a task's own code or the data's reader raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"the task {name} cannot be loaded: {type(error).__name__}: {reason}",
             hint="its data have to be on this machine, or on the hub with a way to get there",

@@ -175,10 +175,20 @@ def _written_in_front(tokenizer: Any) -> list[int]:
     return whole[: places[0]] if places else []
 
 
-def _place(model: Any, device: Device, precision: Precision) -> None:
+def chosen_device(device: str) -> str:
+    """``cpu`` or ``cuda``; auto is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is none, but it was asked for.
+    """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device on this machine", hint="--device cpu, or leave it out")
-    target = None if device == "auto" and not torch.cuda.is_available() else "cuda" if device == "auto" else device
-    model.to(device=target, dtype=None if precision == "auto" else getattr(torch, precision))
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _place(model: Any, device: Device, precision: Precision) -> None:
+    import torch
+
+    model.to(device=chosen_device(device), dtype=None if precision == "auto" else getattr(torch, precision))

@@ -91,3 +91,8 @@ class Interrupted(ModalitiesError):
     """The user interrupted the run; it has saved."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

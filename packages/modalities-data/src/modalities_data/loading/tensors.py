@@ -5,6 +5,7 @@ Shape suffixes: B samples of a micro batch, T tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import overload
 
@@ -41,7 +42,25 @@ def _tensor(values: np.ndarray | None, dtype: type, pinned: bool) -> torch.Tenso
     return tensor.pin_memory() if pinned else tensor
 
 
-class MadeWhenAsked(Sequence[Batch]):
+class _MicroBatches(Sequence[Batch], ABC):
+    """Micro batches that come into being when they are asked for; a subclass makes one."""
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        """A micro batch; counted from the end where negative."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._batch(range(len(self))[index])
+
+    @abstractmethod
+    def _batch(self, number: int) -> Batch:
+        """Number ``number``, in [0, len)."""
+
+
+class MadeWhenAsked(_MicroBatches):
     """Micro batches out of samples that are read: tensors only while one is used, in memory that is still in a cache.
 
     Args:
@@ -60,22 +79,16 @@ class MadeWhenAsked(Sequence[Batch]):
         """How many micro batches there are."""
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
-        """A micro batch on the host, in tensors of its own each time."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        of_read, place = divmod(range(len(self))[index], self._per_read)
+    def _batch(self, number: int) -> Batch:
+        """On the host, in tensors of its own each time."""
+        of_read, place = divmod(number, self._per_read)
         rows = slice(place * self._size, (place + 1) * self._size)
         tokens, *others = self._read[of_read]
         some = Samples(tokens[rows], *(None if values is None else values[rows] for values in others))
         return as_batch(some, None, self._pinned)
 
 
-class CopiedAhead(Sequence[Batch]):
+class CopiedAhead(_MicroBatches):
     """Micro batches on a GPU: while one is computed, the next is copied, on a stream of its own."""
 
     def __init__(self, batches: Sequence[Batch], device: torch.device, stream: torch.cuda.Stream) -> None:
@@ -88,15 +101,8 @@ class CopiedAhead(Sequence[Batch]):
         """How many micro batches there are."""
         return len(self._batches)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
-        """A micro batch on the device, safe to use on its current stream."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _batch(self, number: int) -> Batch:
+        """On the device, safe to use on its current stream."""
         self._copy(number)
         batch, done = self._copied.pop(number)
         self._copy(number + 1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modalities_core.errors import CheckpointError, ConfigError
+from modalities_core.errors import CheckpointError, ConfigError, first_line
 from modalities_models.architecture import Architecture
 from modalities_models.decoder import Decoder
 from modalities_models.huggingface.family import shapes_of
@@ -136,7 +136,7 @@ def their_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
             output_loading_info=True,
         )
     except Exception as error:  # whatever a library of models makes of a folder it does not like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"transformers {transformers.__version__} does not load {folder}: {reason}") from error
     if lost := sorted(report["missing_keys"]):
         raise CheckpointError(f"transformers misses {len(lost)} tensors in {folder}, such as {lost[0]}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalities_core.errors import CheckpointError
+from modalities_core.errors import CheckpointError, first_line
 from modalities_models.huggingface.files import Weights
 from modalities_models.huggingface.loading import NO_WEIGHTS
 from modalities_models.huggingface.wrapped_head import base_name
@@ -90,7 +90,7 @@ class FolderWeights:
                 output_loading_info=True,
             )
         except Exception as error:  # whatever a library of models makes of a folder it does not like
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(f"transformers does not load {self.folder}: {reason}") from error
         if missing := sorted(set(report["missing_keys"]) - self._tied):
             raise CheckpointError(

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from modalities_core.errors import CheckpointError, ModalitiesError, ResourceError
+from modalities_core.errors import CheckpointError, ModalitiesError, ResourceError, first_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -148,7 +148,7 @@ class Reader(FileSystemReader):
         except ModalitiesError:
             raise
         except Exception as error:  # a damaged archive can raise nearly anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"the checkpoint in {self.path} is damaged: {reason}", hint="load an earlier one"
             ) from error

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
-from modalities_core.errors import CheckpointError, ModalitiesError
+from modalities_core.errors import CheckpointError, ModalitiesError, first_line
 from modalities_core.files import sync_folder
 from modalities_core.interfaces import Model
 from modalities_parallel.checkpoint import metadata
@@ -113,5 +113,5 @@ def _one_failure() -> Generator[None, None, None]:
             if known:
                 raise known[0] from error
             rank, failure = next(iter(failures.items()))
-            reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            reason = first_line(failure)
             raise CheckpointError(f"rank {rank} failed: {type(failure).__name__}: {reason}") from failure
