@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 LONGEST_FILE = 320
+LONGEST = {"packages/modalities-core/src/modalities_core/interfaces.py": 400}
+"""All seams stand in one file, to be read first."""
 
 
 def passes(root: Path, name: str, *arguments: str) -> None:
@@ -86,7 +88,7 @@ def python_files(root: Path) -> list[Path]:
 
 def test_a_file_is_one_room(root):
     lengths = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in python_files(root)}
-    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST.get(name, LONGEST_FILE)} == {}
 
 
 def test_the_version_stands_once(root, version):

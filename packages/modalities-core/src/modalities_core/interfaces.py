@@ -8,7 +8,7 @@ Shape suffixes: B batch (samples), T tokens, D hidden size, V vocabulary size, N
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -278,6 +278,39 @@ class Executor(Protocol):
 
     def evaluate(self, batch: Batch) -> LossSum:
         """This rank's share of the sums, without gradients, in evaluation mode."""
+        ...
+
+
+class Training(NamedTuple):
+    """What a hook may look at.
+
+    folder: of the run.
+    first_step, steps: completed steps at the start of this process, and of the whole run.
+    emit: hands an event to the sinks; does nothing on ranks other than 0.
+    """
+
+    folder: Path
+    executor: Executor
+    world: World
+    first_step: int
+    steps: int
+    emit: Callable[[Event], None]
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """Something that happens beside the updates, on every rank alike, such as profiling; its time is not training."""
+
+    def start(self, training: Training) -> None:
+        """Before the first step of this process."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """After each update; ``step`` counts those of the whole run. What it raises ends the run."""
+        ...
+
+    def close(self) -> None:
+        """At the end, also of a run that failed."""
         ...
 
 
