@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,65 @@ class Window:
     def tokens_per_second(self, tokens_per_step: int) -> float:
         """Over all ranks; 0 before the first step."""
         return self.steps * tokens_per_step / self.seconds if self.seconds > 0 else 0.0
+
+
+class Phases:
+    """Seconds per part of the steps, such as forward, backward, optimizer and data, without stopping the device.
+
+    On CUDA a part lasts from the moment the device reaches its first operation to the one it has done its last: time
+    in which the device waits for the host, as for data, belongs to the part that made it wait. Elsewhere it is the
+    host's time. Parts do not nest.
+
+    Args:
+        device: that the parts run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds: dict[str, float] = {}
+        self._events = device.type == "cuda"
+        self._device = device
+        self._open: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._free: list[torch.cuda.Event] = []
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count what runs inside to the part ``name``; returns before the device has done it."""
+        if not self._events:
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._add(name, time.perf_counter() - start)
+            return
+        first = self._record()
+        try:
+            yield
+        finally:
+            self._open.append((name, first, self._record()))
+            self._collect()
+
+    def seconds(self) -> dict[str, float]:
+        """By part, on this rank, since the last call; on CUDA waits until the device has done them."""
+        if self._open:
+            self._open[-1][2].synchronize()
+            self._collect()
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _record(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _collect(self) -> None:
+        # Asking an event never waits; so their number stays that of the operations still in flight.
+        while self._open and self._open[0][2].query():
+            name, first, last = self._open.popleft()
+            self._add(name, first.elapsed_time(last) / 1000)
+            self._free += (first, last)
 
 
 class Stopwatch:
