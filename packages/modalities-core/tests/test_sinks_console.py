@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from modalities_core.events import CheckpointSaved, Evaluated, RunEnded, RunStarted, StepLogged, Warned
+from modalities_core.events import (
+    CheckpointSaved,
+    Evaluated,
+    Generated,
+    Profiled,
+    RunEnded,
+    RunStarted,
+    StepLogged,
+    Warned,
+)
 from modalities_core.interfaces import Sink
 from modalities_core.sinks import console
 from modalities_core.sinks.console import Console
@@ -19,6 +28,8 @@ EVENTS = [
     StepLogged(10, 100, 3.14159, 0.25, 6e-4, 40960, 80, 12345.6, 0.432, 0, {"step": 41.0}),
     Evaluated(10, "held-out [x]", 2.5, 12.18, 4096, 1.25, 0.9),
     CheckpointSaved(10, Path("run/checkpoints/step-00000010"), 12_300_000, 0.5),
+    Generated(10, "def ", "f(x):\n\n    [x]\x1b"),
+    Profiled(10, Path("run/profile"), "a\nb"),
     Warned("mind the [gap]"),
     RunEnded(10, "preempted", "asked to stop"),
 ]
@@ -43,6 +54,13 @@ def test_plain_lines(monkeypatch):
         "step 10/100  loss 3.1416  gradient norm 0.25  lr 0.0006  12,346 tokens/s  MFU 43.2%  1:01:30 left",
         "step 10  held-out [x]: loss 2.5000  perplexity 12.18  bits per byte 0.9000  (4,096 tokens, 1.2 s)",
         "step 10  saved run/checkpoints/step-00000010 (12.3 MB, 0.5 s)",
+        "step 10  sample:",
+        "    def f(x):",
+        "    ",
+        "        [x]\ufffd",
+        "step 10  profiled, traces in run/profile",
+        "    a",
+        "    b",
         "warning: mind the [gap]",
         "preempted at step 10: asked to stop",
     ]

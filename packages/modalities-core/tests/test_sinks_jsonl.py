@@ -5,7 +5,16 @@ import math
 
 import pytest
 
-from modalities_core.events import CheckpointSaved, Evaluated, RunEnded, RunStarted, StepLogged, Warned
+from modalities_core.events import (
+    CheckpointSaved,
+    Evaluated,
+    Generated,
+    Profiled,
+    RunEnded,
+    RunStarted,
+    StepLogged,
+    Warned,
+)
 from modalities_core.interfaces import Sink
 from modalities_core.sinks.jsonl import JsonLines
 
@@ -38,6 +47,8 @@ def test_every_event_is_a_line(tmp_path):
         evaluated(1),
         CheckpointSaved(1, tmp_path, 10, 0.1),
         Warned("a\nb\u2028c"),
+        Generated(1, "def ", "f():\n    pass"),
+        Profiled(1, tmp_path, "a table"),
         RunEnded(1, "done"),
     ]
     for count, event in enumerate(events, 1):
@@ -45,7 +56,16 @@ def test_every_event_is_a_line(tmp_path):
         assert len(lines(tmp_path / "run" / "metrics.jsonl")) == count
     sink.close()
     found = lines(tmp_path / "run" / "metrics.jsonl")
-    names = ["run_started", "step_logged", "evaluated", "checkpoint_saved", "warned", "run_ended"]
+    names = [
+        "run_started",
+        "step_logged",
+        "evaluated",
+        "checkpoint_saved",
+        "warned",
+        "generated",
+        "profiled",
+        "run_ended",
+    ]
     assert [line["event"] for line in found] == names
     assert (found[1]["loss"], found[2]["perplexity"], found[1]["mfu"]) == ("nan", "inf", None)
     assert found[1]["seconds"] == {"step": 0.1}
@@ -72,6 +92,7 @@ def test_repeated_steps_stand_once_and_nothing_is_lost(tmp_path, first_step):
         sink.consume(logged(step))
         sink.consume(CheckpointSaved(step, tmp_path, 10, 0.1))
         sink.consume(evaluated(step))
+        sink.consume(Generated(step, "p", "t"))
     sink.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"event": "step_lo')
@@ -85,6 +106,7 @@ def test_repeated_steps_stand_once_and_nothing_is_lost(tmp_path, first_step):
     logs = [(line["step"], line["loss"]) for line in found if line["event"] == "step_logged"]
     assert logs == [(step, 1.0 if step <= first_step else 2.0) for step in range(1, 5)]
     assert [line["step"] for line in found if line["event"] == "evaluated"] == list(range(1, first_step))
+    assert [line["step"] for line in found if line["event"] == "generated"] == list(range(1, first_step + 1))
     saved = [line["step"] for line in found if line["event"] == "checkpoint_saved"]
     assert saved == list(range(1, first_step + 1))
     kept = (tmp_path / "metrics.jsonl").read_text().split("\n")

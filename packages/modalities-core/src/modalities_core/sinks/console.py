@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modalities_core.events import CheckpointSaved, Evaluated, Event, RunEnded, RunStarted, StepLogged, Warned
+from modalities_core.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Generated,
+    Profiled,
+    RunEnded,
+    RunStarted,
+    StepLogged,
+    Warned,
+)
 
 BAR_WIDTH = 12
 
@@ -66,7 +78,7 @@ class Console:
 
 
 def line(event: Event) -> str:
-    """An event as one line of text."""
+    """An event as one line of text, with what is longer indented below it."""
     match event:
         case RunStarted():
             start = f"from step {event.first_step} ({event.resumed_from}) " if event.resumed_from else ""
@@ -84,10 +96,20 @@ def line(event: Event) -> str:
             return f"step {event.step}  {event.name}: {quality}  {counts}"
         case CheckpointSaved():
             return f"step {event.step}  saved {event.folder} ({event.bytes / 1e6:,.1f} MB, {event.seconds:.1f} s)"
+        case Generated():
+            text = indent(printable(event.prompt + event.text), "    ", lambda line: True)
+            return f"step {event.step}  sample:\n{text}"
+        case Profiled():
+            return f"step {event.step}  profiled, traces in {event.folder}\n{indent(event.table, '    ')}".rstrip()
         case Warned():
             return f"warning: {event.message}"
         case RunEnded():
             return f"{event.state} at step {event.step}" + (f": {event.reason}" if event.reason else "")
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer the terminal: control characters but line breaks and tabs are replaced."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def measures(event: StepLogged) -> str:

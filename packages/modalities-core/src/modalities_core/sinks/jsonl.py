@@ -9,10 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from modalities_core.events import CheckpointSaved, Evaluated, Event, RunStarted, StepLogged
+from modalities_core.events import CheckpointSaved, Evaluated, Event, Generated, Profiled, RunStarted, StepLogged
 from modalities_core.files import replacing
-
-_NAMES = {StepLogged: "step_logged", Evaluated: "evaluated", CheckpointSaved: "checkpoint_saved"}
 
 
 class JsonLines:
@@ -22,8 +20,9 @@ class JsonLines:
     the strings ``nan``, ``inf`` and ``-inf``, since JSON has none.
 
     A run that goes on from a checkpoint repeats the steps after it. What the file says about those moves to a
-    neighbour, ``metrics.abandoned.jsonl``, so that every step stands here once: steps and checkpoints after the
-    first step of the new process, and evaluations from it on, which are repeated where they are due.
+    neighbour, ``metrics.abandoned.jsonl``, so that every step stands here once: steps, checkpoints, samples and
+    profiles after the first step of the new process, and evaluations from it on, which are repeated where they are
+    due.
 
     Args:
         file_name: of the file, relative to the run's folder.
@@ -71,8 +70,15 @@ def record(event: Event) -> dict[str, Any]:
 
 def event_name(event: Event) -> str:
     """The event's class in snake case."""
-    name = type(event).__name__
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+    return _snake_case(type(event))
+
+
+def _snake_case(kind: type) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).lstrip("_")
+
+
+# Events of a step, which a run that goes on from an earlier one repeats.
+_REPEATED = {_snake_case(kind) for kind in (StepLogged, Evaluated, CheckpointSaved, Generated, Profiled)}
 
 
 def supersede(path: Path, first_step: int) -> None:
@@ -94,9 +100,9 @@ def _stays(line: str, first_step: int) -> bool:
     try:
         values = json.loads(line)
         name = values["event"]
-        if name == _NAMES[Evaluated]:
+        if name == _snake_case(Evaluated):
             return values["step"] < first_step
-        if name in _NAMES.values():
+        if name in _REPEATED:
             return values["step"] <= first_step and first_step > 0
     except (ValueError, KeyError, TypeError):
         return False
