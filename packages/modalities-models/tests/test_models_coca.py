@@ -259,6 +259,9 @@ def test_flops_are_those_that_are_counted():
         forward_and_backward = counted.get_total_flops()
     # Counted by PyTorch without attention's own products on CPU and with the class token and the two projections.
     assert forward_and_backward == pytest.approx(model.flops_per_token(T) * B * T, rel=0.25)
+    a = model.architecture
+    of_text = 12 * a.layers * a.heads * a.head_size * T
+    assert model.flops_per_token(T) - model.causal_flops_per_token(T) == pytest.approx(of_text / 2)
 
 
 @pytest.mark.parametrize(

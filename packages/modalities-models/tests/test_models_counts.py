@@ -147,7 +147,9 @@ def test_flops_by_hand(preset, length, full, causal_half):
     assert flops_per_token(architecture, length) == full
     assert flops_per_token(architecture, length, "causal") == causal_half
     with torch.device("meta"):
-        assert decoder(preset).flops_per_token(length) == full
+        model = decoder(preset)
+    assert model.flops_per_token(length) == full
+    assert model.causal_flops_per_token(length) == causal_half
 
 
 def test_matmul_flops_are_what_torch_counts():

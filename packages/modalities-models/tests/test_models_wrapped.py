@@ -178,6 +178,7 @@ def test_flops_are_those_of_our_decoder(model_type: str) -> None:
         ours = Decoder(architecture, Scaled())
     for length in (4, 24):
         assert model.flops_per_token(length) == pytest.approx(ours.flops_per_token(length))
+        assert model.causal_flops_per_token(length) == pytest.approx(ours.causal_flops_per_token(length))
 
 
 def test_flops_of_latent_attention_and_experts_by_hand() -> None:
@@ -189,6 +190,7 @@ def test_flops_of_latent_attention_and_experts_by_hand() -> None:
     dense, expert, router, head = 3 * 32 * 48, 3 * 32 * 24, 4 * 32, 83 * 32
     matmul = 2 * attention + dense + (2 + 1) * expert + router + head
     assert model.flops_per_token(20) == 6 * matmul + 2 * 6 * 4 * (16 + 8) * 20
+    assert model.causal_flops_per_token(20) == 6 * matmul + 2 * 6 * 4 * (16 + 8) * 10
     other = class_with_weights_of(model.eval())
     torch.testing.assert_close(model.head(model(tokens(2, 9))), other(tokens(2, 9)).logits, rtol=0, atol=1e-6)
 

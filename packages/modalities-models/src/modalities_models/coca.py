@@ -246,6 +246,11 @@ class CoCa(nn.Module):
         per_image = self.vision.flops_per_image() + pooling + looked_at * pooled
         return float(6 * of_text - looked_at + attention + per_image / sequence_length)
 
+    def causal_flops_per_token(self, sequence_length: int) -> float:
+        """The same, but the text's attention to itself counts half, the other half being masked."""
+        a = self.architecture
+        return self.flops_per_token(sequence_length) - 6.0 * a.heads * a.head_size * a.layers * sequence_length
+
     def _read(self, tokens_BT: Tensor, segments_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """The lower half of the decoder: hidden states (B, T, D) of the tokens, and vectors (B, E) of the texts."""
         hidden_BTD = self._embed(tokens_BT, 0)

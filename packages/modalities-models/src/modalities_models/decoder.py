@@ -182,6 +182,10 @@ class Decoder(nn.Module):
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""
         return flops_per_token(self.architecture, sequence_length)
 
+    def causal_flops_per_token(self, sequence_length: int) -> float:
+        """The same with the share of the attention that causality leaves over (Megatron-LM's convention)."""
+        return flops_per_token(self.architecture, sequence_length, "causal")
+
     @property
     def parameter_count(self) -> int:
         """Elements in all parameters, each counted once, whatever the sharding."""

@@ -151,6 +151,11 @@ class HuggingFaceModel(nn.Module):
         """
         return 6.0 * self._matmul + wrapped_counts.attention_flops(self.description.config, sequence_length)
 
+    def causal_flops_per_token(self, sequence_length: int) -> float:
+        """The same with the share of the attention that causality leaves over (Megatron-LM's convention)."""
+        attention = wrapped_counts.attention_flops(self.description.config, sequence_length, "causal")
+        return 6.0 * self._matmul + attention
+
     def export(
         self,
         folder: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -35,14 +35,14 @@ def matmul_parameters(network: nn.Module, config: Any, head: nn.Module) -> float
     return total + head.weight.numel()  # pyrefly: ignore[not-callable]
 
 
-def attention_flops(config: Any, sequence_length: int) -> float:
+def attention_flops(config: Any, sequence_length: int, convention: Literal["full", "causal"] = "full") -> float:
     """Of scores and weighted sums in all layers: 12 * H * F * keys each; layers without attention have none.
-
-    Causality is not discounted, a window is (PaLM convention, arXiv:2204.02311 appendix B).
 
     Args:
         config: of its text.
         sequence_length: tokens of a sample.
+        convention: as in :func:`modalities_models.counts.flops_per_token`: ``full`` discounts a window and not
+            causality (PaLM, arXiv:2204.02311 appendix B), ``causal`` both.
     """
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     if not heads or not layers:
@@ -50,18 +50,24 @@ def attention_flops(config: Any, sequence_length: int) -> float:
     heads = max(heads) if isinstance(heads, list | tuple) else heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     both = (getattr(config, "qk_head_dim", None) or size) + (getattr(config, "v_head_dim", None) or size)
-    return 6.0 * heads * both * sum(_keys(config, layers, sequence_length))
+    return 6.0 * heads * both * sum(_keys(config, layers, sequence_length, convention))
 
 
-def _keys(config: Any, layers: int, sequence_length: int) -> list[int]:
+def _keys(config: Any, layers: int, sequence_length: int, convention: Literal["full", "causal"]) -> list[float]:
     """How many keys a query meets in each layer."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     window = window or getattr(config, "attention_chunk_size", None)
-    near = min(window, sequence_length) if window else sequence_length
+    near = float(min(window, sequence_length) if window else sequence_length)
+    far = float(sequence_length)
+    if convention == "causal":
+        # A chunk is seen from its start, a sliding window is full but for the first tokens of the sample.
+        chunked = window is not None and getattr(config, "sliding_window", None) is None
+        near *= 0.5 if chunked else 1 - near / (2 * sequence_length)
+        far /= 2
     types = getattr(config, "layer_types", None)
     if types is None:
         return [near] * layers
-    return [near if kind in WINDOWED else sequence_length if kind == "full_attention" else 0 for kind in types]
+    return [near if kind in WINDOWED else far if kind == "full_attention" else 0.0 for kind in types]
 
 
 def _number(config: Any, names: tuple[str, ...]) -> int | None:
