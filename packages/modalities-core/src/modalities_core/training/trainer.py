@@ -17,7 +17,7 @@ from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.checks import check_positive, check_run
 from modalities_core.training.evaluator import Evaluation
 from modalities_core.training.gradients import check_finite, reduce_step, scale_gradients
-from modalities_core.training.hooks import Saving, StepLog, StepTaken, evaluate_due
+from modalities_core.training.hooks import Saving, evaluate_due
 from modalities_core.training.journal import Journal
 from modalities_core.training.lineage import Shelf
 from modalities_core.training.manifest import Manifest
@@ -25,6 +25,7 @@ from modalities_core.training.optim import learning_rates, set_learning_rates
 from modalities_core.training.parameters import as_module, on_meta, parameter_count
 from modalities_core.training.resume import CHECKPOINTS, Start, find_start, set_run_aside
 from modalities_core.training.signals import StopSignals, agree_to_stop
+from modalities_core.training.steplog import StepLog, StepTaken
 
 
 class Trainer:
