@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from training_parts import TinyModel, summed_cross_entropy
 
-from modalities_core.training.peak import bf16_peak, measured_cpu_peak, peak_flops
-from modalities_core.training.throughput import Stopwatch, memory_bytes, mfu
+from modalities_core.training.efficiency import Efficiency, time_split
+from modalities_core.training.executor import Plain
+from modalities_core.training.matmul import MeasuredPeak, measured_peak
+from modalities_core.training.memory import memory, most_relevant
+from modalities_core.training.peak import DENSE_PEAKS, computing_dtype, dense_peak, device_peak
+from modalities_core.training.throughput import Stopwatch, mfu
+from modalities_core.training.world import Alone
 
 
 class Clock:
@@ -52,21 +58,108 @@ def test_mfu_of_a_printed_example():
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA A10G", 70e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A30", 165e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 5090", 209.5e12),
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("AMD Instinct MI300X", 1307.4e12),
+        ("AMD Instinct MI300X VF", 1307.4e12),
+        ("AMD Instinct MI325X", 1307.4e12),
+        ("AMD Instinct MI355X", 2516.6e12),
+        ("AMD Instinct MI250X / MI250", 191.5e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 9999", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("Quadro RTX 6000", None),
     ],
 )
 def test_peaks(name, peak):
-    assert bf16_peak(name) == peak
+    assert dense_peak(name) == peak
 
 
-def test_cpu_peak_is_measured_once():
-    first = peak_flops(torch.device("cpu"), torch.float32)
+def test_no_peak_of_the_table_hides_another():
+    for part, peak in DENSE_PEAKS:
+        assert dense_peak(f"Maker {part}") == peak
+
+
+def test_cpu_peak_is_measured_once_and_only_rises():
+    cpu = torch.device("cpu")
+    peak = device_peak(cpu, torch.float32)
+    assert isinstance(peak, MeasuredPeak)
+    assert device_peak(cpu, torch.float32) is peak
+    assert measured_peak(cpu, torch.bfloat16) is not peak
+    first = peak.flops
     assert first > 1e8
-    assert peak_flops(torch.device("cpu"), torch.float32) == first
-    assert measured_cpu_peak.cache_info().hits >= 1
-    assert peak_flops(torch.device("meta")) is None
+    peak.measure(0.01)
+    assert peak.flops >= first
+    assert device_peak(torch.device("meta"), torch.float32) is None
+
+
+def test_measuring_again_takes_a_hundredth_of_the_run():
+    peak = MeasuredPeak(torch.device("cpu"), torch.float32)
+    peak.measure(0.01)
+    peak.flops = 1.0
+    peak.measure_again(20)
+    assert peak.flops == 1.0
+    peak.measure_again(100)
+    assert peak.flops > 1e8
+
+
+class Fast(TinyModel):
+    """So much arithmetic per token that no CPU can do it."""
+
+    def flops_per_token(self, sequence_length):
+        return 1e15
+
+    def causal_flops_per_token(self, sequence_length):
+        return 8e14
+
+
+def test_no_mfu_is_above_what_was_ever_reached():
+    executor = Plain(Fast(), summed_cross_entropy, Alone("cpu"))
+    efficiency = Efficiency(executor, executor.world, 6)
+    measures = efficiency.measures(tokens=1000, seconds=0.5)
+    assert measures["tokens_per_second"] == measures["tokens_per_second_per_device"] == 2000
+    assert (measures["mfu"], measures["mfu_causal"]) == pytest.approx((1.0, 0.8))
+    assert measures["peak_flops"] == pytest.approx(2e18)
+    assert measures["peak_measured"]
+    assert efficiency.measures(tokens=500, seconds=0.5)["mfu"] == pytest.approx(0.5)
+    measured_peak(torch.device("cpu"), torch.float32).flops = 0.0  # others measure it too
+
+
+def test_peak_is_that_of_the_dtype_in_use():
+    model = TinyModel()
+    executor = Plain(model, summed_cross_entropy, Alone("cpu"), precision="fp32")
+    assert computing_dtype(executor) is torch.float32
+    # As parallel.fsdp2 marks a model whose forward is in mixed precision.
+    model.computing_dtype = torch.bfloat16
+    assert computing_dtype(executor) is torch.bfloat16
+    for precision, dtype in [("bf16_weights", torch.bfloat16), ("fp16", torch.float16)]:
+        executor.precision = precision
+        assert computing_dtype(executor) is dtype
+
+
+def test_time_split_adds_up():
+    split = time_split({"forward": 2.0, "data": 0.5}, 4.0, 2)
+    assert split == {"forward": 1.0, "data": 0.25, "other": 0.75, "step": 2.0}
+    split = time_split({"forward": 3.0, "data": 1.5}, 4.0, 2)
+    assert sum(split.values()) == pytest.approx(2 * split["step"])
+    assert split["other"] == pytest.approx(0)
+    assert time_split({}, 3.0, 1) == {"other": 3.0, "step": 3.0}
 
 
 def test_resident_set_is_plausible():
-    assert memory_bytes(torch.device("cpu")) > 50e6
+    found = memory(torch.device("cpu"))
+    assert 50e6 < found["resident"] <= found["peak_resident"]
+    kept = torch.ones(100_000_000, dtype=torch.uint8)
+    more = memory(torch.device("cpu"))
+    assert more["resident"] - found["resident"] > 0.5 * len(kept)
+    assert more["peak_resident"] >= found["peak_resident"]
+    assert most_relevant(more) == more["resident"]

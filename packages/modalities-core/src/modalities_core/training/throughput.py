@@ -1,16 +1,16 @@
-"""How fast a run goes: tokens per second without evaluation and saving, MFU, and memory."""
+"""How fast a run goes: tokens per second without evaluation and saving, where the time goes, and MFU."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from modalities_core.training.memory import memory, most_relevant
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ class Stopwatch:
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, ranks: int) -> float | None:
     """Model FLOPs utilisation: the share of all devices' peak that the model's own arithmetic takes.
 
-    PaLM's convention (arXiv:2204.02311 appendix B): recomputed activations do not count.
+    Recomputed activations do not count (PaLM, arXiv:2204.02311 appendix B); what attention counts as is the
+    convention of ``flops_per_token``.
 
     Args:
         tokens_per_second: over all ranks.
@@ -147,16 +148,5 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, ra
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak allocation on a GPU, or the resident set of this process on the CPU; 0 where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 0
+    """The most relevant figure of :func:`modalities_core.training.memory.memory`."""
+    return most_relevant(memory(device))
