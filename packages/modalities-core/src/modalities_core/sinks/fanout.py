@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from modalities_core.events import Event, Warned
 from modalities_core.interfaces import Sink
+from modalities_core.sinks.background import Background, Degraded
 
 _log = logging.getLogger(__name__)
 
@@ -28,9 +29,10 @@ class Fanout:
             self._guarded(place, lambda sink=sink: sink.consume(event))
 
     def close(self) -> None:
-        """Close all sinks, also those that failed."""
-        for place, sink in enumerate(self._sinks):
-            self._guarded(place, sink.close)
+        """Close all sinks, also those that failed; first those on threads, whose last words the others can record."""
+        places = sorted(range(len(self._sinks)), key=lambda place: not isinstance(self._sinks[place], Background))
+        for place in places:
+            self._guarded(place, self._sinks[place].close)
 
     def _guarded(self, place: int, call: Callable[[], None]) -> None:
         try:
@@ -40,6 +42,7 @@ class Fanout:
                 return
             self._failed.add(place)
             name = type(self._sinks[place]).__name__
-            message = f"the sink {name} failed and the run goes on: {type(error).__name__}: {error}"
+            failure = f"the sink {name} failed and the run goes on: {type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, Degraded) else failure
             _log.warning(message)
             self.consume(Warned(message))
