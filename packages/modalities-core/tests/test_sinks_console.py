@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from modalities_core.events import (
 )
 from modalities_core.interfaces import Sink
 from modalities_core.sinks import console
-from modalities_core.sinks.console import Console
+from modalities_core.sinks.console import Console, line
 from modalities_core.sinks.fanout import Fanout
 
 EVENTS = [
@@ -126,3 +127,13 @@ def test_sinks_load_no_torch():
     code = "import sys, modalities_core.sinks.console, modalities_core.sinks.jsonl, modalities_core.sinks.fanout; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_line_of_a_step_tells_what_is_measured_and_fits():
+    plain = StepLogged(90_000, 100_000, 3.14159, 0.25, 6e-4, 1, 1, 12_345.6, 0.432, seconds={"step": 0.5})
+    measured = replace(plain, peak_measured=True)
+    assert "MFU 43.2%  1:23:20 left" in line(plain)
+    assert "MFU 43.2% (measured)  1:23:20 left" in line(measured)
+    assert len(line(measured)) <= 120
+    more = line(replace(plain, noise_scale=123_456.7, skipped_steps=2))
+    assert "noise scale 123,457 tokens  2 skipped" in more

@@ -138,7 +138,8 @@ class Collector:
 
 def measured(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     """What a run measured, without what depends on the clock, in the order of the file."""
-    timing = {"time", "seconds", "tokens_per_second", "mfu", "memory_bytes", "folder"}
+    timing = {"time", "seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "mfu_causal"}
+    timing |= {"peak_flops", "memory_bytes", "memory", "folder"}
     lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     kept = [line for line in lines if line["event"] in ("step_logged", "evaluated")]
     return [{key: value for key, value in line.items() if key not in timing} for line in kept]

@@ -32,7 +32,8 @@ class Console:
     """Shows loss, tokens per second, MFU and the time that is left.
 
     On a terminal the current step is a progress bar and all else lines above it; otherwise each event is a line, with
-    gradient norm and learning rate as well.
+    gradient norm and learning rate as well. MFU is in PaLM's convention; ``(measured)`` says that it is the share of
+    the fastest matrix product seen on this machine rather than of a data sheet's figure.
     """
 
     def __init__(self) -> None:
@@ -121,7 +122,11 @@ def measures(event: StepLogged) -> str:
         f"{event.tokens_per_second:,.0f} tokens/s",
     ]
     if event.mfu is not None:
-        parts.append(f"MFU {event.mfu:.1%}")
+        parts.append(f"MFU {event.mfu:.1%}" + (" (measured)" if event.peak_measured else ""))
+    if event.noise_scale is not None:
+        parts.append(f"noise scale {event.noise_scale:,.0f} tokens")
+    if event.skipped_steps:
+        parts.append(f"{event.skipped_steps} skipped")
     return "  ".join(parts)
 
 

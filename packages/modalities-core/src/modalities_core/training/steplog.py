@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from modalities_core.events import StepLogged
 from modalities_core.interfaces import Batches, Executor, World
 from modalities_core.progress import Progress
+from modalities_core.training.consumption import samples_of
+from modalities_core.training.efficiency import Efficiency, time_split
 from modalities_core.training.journal import Journal
-from modalities_core.training.peak import peak_flops
-from modalities_core.training.throughput import Stopwatch, memory_bytes, mfu
+from modalities_core.training.throughput import Phases, Stopwatch
 from modalities_core.training.totals import StepTotals
 
 
@@ -40,10 +39,12 @@ class StepLog:
         self._world = world
         self._steps = steps
         self._every = every
-        self._tokens_per_step = batches.samples_per_step * batches.sequence_length
-        self._flops_per_token = executor.model.flops_per_token(batches.sequence_length)
-        dtype = torch.bfloat16 if getattr(executor, "precision", "bf16") == "bf16" else torch.float32
-        self._peak = peak_flops(world.device, dtype) if world.rank == 0 else None
+        self._batches = batches
+        self._efficiency = Efficiency(executor, world, batches.sequence_length)
+        # An executor that tells forward from backward does it here, where the loop times the rest.
+        self.phases: Phases = getattr(executor, "phases", None) or Phases(world.device)
+        self._consumed = 0
+        self._consumed_until: int | None = None
         self._loss = 0.0
         self._tokens = 0.0
 
@@ -54,6 +55,7 @@ class StepLog:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue the sums of a checkpoint."""
         self._loss, self._tokens = float(state["loss"]), float(state["tokens"])
+        self._consumed_until = None
 
     def due(self, step: int) -> bool:
         """Whether a report follows ``step``; then the totals of all steps up to it have to be given before."""
@@ -66,6 +68,7 @@ class StepLog:
         the device found only then.
         """
         self.stopwatch.step_done()
+        self._consume(taken.progress)
         self._loss += taken.totals.loss
         self._tokens += taken.totals.tokens
         self._journal.step = taken.progress.step
@@ -73,11 +76,22 @@ class StepLog:
             self._journal.emit(self._report(taken))
             self._journal.status("running")
             self._loss = self._tokens = 0.0
+            self._consumed = 0
+
+    def _consume(self, progress: Progress) -> None:
+        """Count the step's tokens, which need not be as many in each."""
+        tokens = len(samples_of(self._batches, progress.step - 1)) * self._batches.sequence_length
+        if self._consumed_until is not None:
+            tokens = progress.tokens - self._consumed_until
+        self._consumed += tokens
+        self._consumed_until = progress.tokens
 
     def _report(self, taken: StepTaken) -> StepLogged:
+        # First the parts, which waits for the device, so that the window ends when its steps have.
+        parts = self.phases.seconds()
         window = self.stopwatch.window()
-        speed = window.tokens_per_second(self._tokens_per_step)
-        steps = max(1, window.steps)
+        with self.stopwatch.excluded():
+            measures = self._efficiency.measures(self._consumed, window.seconds)
         return StepLogged(
             step=taken.progress.step,
             steps=self._steps,
@@ -86,8 +100,6 @@ class StepLog:
             learning_rate=taken.learning_rate,
             tokens=taken.progress.tokens,
             samples=taken.progress.samples,
-            tokens_per_second=speed,
-            mfu=mfu(speed, self._flops_per_token, self._peak, self._world.size),
-            memory_bytes=memory_bytes(self._world.device),
-            seconds={"step": window.seconds / steps, "data": window.data_seconds / steps},
+            seconds=time_split({"data": window.data_seconds} | parts, window.seconds, max(1, window.steps)),
+            **measures,
         )
