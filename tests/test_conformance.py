@@ -53,6 +53,13 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "loss.coca": (f"{{component: loss.coca, world: {WORLD}}}", interfaces.Loss),
     "executor.plain": (EXECUTOR, interfaces.Executor),
     "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
+    "optimizer.adam": (f"{{component: optimizer.adam, model: {NANO}, lr: 1e-3}}", torch.optim.Optimizer),
+    "optimizer.sgd": (
+        f"{{component: optimizer.sgd, model: {NANO}, lr: 1e-2, groups: [{{parameters: ["*norm*"], lr: 1e-3}}]}}",
+        torch.optim.Optimizer,
+    ),
+    "optimizer.lion": (f"{{component: optimizer.lion, model: {NANO}, lr: 1e-4}}", torch.optim.Optimizer),
+    "optimizer.muon": (f"{{component: optimizer.muon, model: {NANO}, lr: 1e-3}}", torch.optim.Optimizer),
     "dataset.lorem_ipsum": (LOREM, interfaces.Dataset),
     "dataset.packed": ("{component: dataset.packed, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
     "dataset.best_fit": ("{component: dataset.best_fit, path: DATA/train, sequence_length: 32}", interfaces.Dataset),
@@ -102,6 +109,9 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "initialization.pretrained": ("{component: initialization.pretrained, path: DATA/hugging_face}", None),
     "sink.console": ("{component: sink.console}", interfaces.Sink),
     "sink.jsonl": ("{component: sink.jsonl}", interfaces.Sink),
+    "sink.wandb": ("{component: sink.wandb, mode: offline}", interfaces.Sink),
+    "sink.tensorboard": ("{component: sink.tensorboard}", interfaces.Sink),
+    "sink.mlflow": ("{component: sink.mlflow, tracking_uri: 'sqlite:///runs.db'}", interfaces.Sink),
     "trainer.default": (
         f"{{component: trainer.default, world: {WORLD}, executor: {EXECUTOR}, optimizer: {OPTIMIZER}, "
         f"schedule: {{component: schedule.constant}}, batches: {BATCHES}, steps: 2}}",
@@ -110,7 +120,12 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
 }
 
 # The package of an extra that a component needs to be built, where the development environment does not have it.
-EXTRAS = {"loss.liger_cross_entropy": "liger_kernel"}
+EXTRAS = {
+    "loss.liger_cross_entropy": "liger_kernel",
+    "sink.wandb": "wandb",
+    "sink.tensorboard": "tensorboard",
+    "sink.mlflow": "mlflow",
+}
 
 
 def build(text: str, data: Path) -> Any:

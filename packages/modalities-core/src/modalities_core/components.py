@@ -4,6 +4,10 @@ COMPONENTS: dict[str, str] = {
     "world.alone": "modalities_core.training.world:Alone",
     "executor.plain": "modalities_core.training.executor:Plain",
     "optimizer.adamw": "modalities_core.training.optim:adamw",
+    "optimizer.adam": "modalities_core.training.optim:adam",
+    "optimizer.sgd": "modalities_core.training.optim:sgd",
+    "optimizer.lion": "modalities_core.training.optim:lion",
+    "optimizer.muon": "modalities_core.training.optim:muon",
     "schedule.constant": "modalities_core.training.schedule:Constant",
     "schedule.linear": "modalities_core.training.schedule:Linear",
     "schedule.warmup_cosine": "modalities_core.training.schedule:WarmupCosine",
@@ -15,4 +19,7 @@ COMPONENTS: dict[str, str] = {
     "trainer.default": "modalities_core.training.trainer:Trainer",
     "sink.console": "modalities_core.sinks.console:Console",
     "sink.jsonl": "modalities_core.sinks.jsonl:JsonLines",
+    "sink.wandb": "modalities_core.sinks.wandb:wandb",
+    "sink.tensorboard": "modalities_core.sinks.tensorboard:tensorboard",
+    "sink.mlflow": "modalities_core.sinks.mlflow:mlflow",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,9 @@ def flat(tree: Any, path: str = "") -> dict[str, str]:
     else:
         return {path: str(tree)}
     return {name: text for key, item in items for name, text in flat(item, f"{path}.{key}" if path else key).items()}
+
+
+def has_secret(arguments: list[str] | None = None) -> bool:
+    """Whether a command line gives a secret, as in ``sink.api_key=...``; by default this process's own."""
+    pairs = (argument.partition("=") for argument in (sys.argv if arguments is None else arguments))
+    return any(equals and without_secrets(value, name) != value for name, equals, value in pairs)
