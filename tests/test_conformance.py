@@ -55,7 +55,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
     "optimizer.adam": (f"{{component: optimizer.adam, model: {NANO}, lr: 1e-3}}", torch.optim.Optimizer),
     "optimizer.sgd": (
-        f"{{component: optimizer.sgd, model: {NANO}, lr: 1e-2, groups: [{{parameters: ["*norm*"], lr: 1e-3}}]}}",
+        f"{{component: optimizer.sgd, model: {NANO}, lr: 1e-2, groups: [{{parameters: ['*norm*'], lr: 1e-3}}]}}",
         torch.optim.Optimizer,
     ),
     "optimizer.lion": (f"{{component: optimizer.lion, model: {NANO}, lr: 1e-4}}", torch.optim.Optimizer),

@@ -174,8 +174,20 @@ def convert(value: Any, annotation: Any) -> Any:
 
 
 def convert_schema(annotation: Any) -> dict[str, Any]:
-    """The JSON Schema of plain data of this type."""
-    return _adapter(annotation).json_schema()
+    """The JSON Schema of plain data of this type, with nothing to look up elsewhere."""
+    schema = _adapter(annotation).json_schema()
+    return _inlined(schema, schema.pop("$defs", {}))
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Definitions put where they are referred to, since the whole would look for them at its own root."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(name := schema.get("$ref"), str):
+        return _inlined(definitions[name.rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
 def type_name(annotation: Any) -> str:

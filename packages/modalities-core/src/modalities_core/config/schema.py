@@ -112,11 +112,14 @@ def _argument_schema(annotation: Any, signatures: Mapping[str, Signature]) -> di
 
 
 def _with_references(schema: dict[str, Any]) -> dict[str, Any]:
-    """Let a reference stand for any item of a list or mapping, too."""
+    """Let a reference stand for any item of a list or mapping, and for any field of a group of settings, too."""
     changed = dict(schema)
     for key in ("items", "additionalProperties"):
         if isinstance(changed.get(key), dict):
             changed[key] = {"anyOf": [{"$ref": "#/$defs/reference"}, _with_references(changed[key])]}
+    if isinstance(fields := changed.get("properties"), dict):
+        any_of = {name: [{"$ref": "#/$defs/reference"}, _with_references(inner)] for name, inner in fields.items()}
+        changed["properties"] = {name: {"anyOf": options} for name, options in any_of.items()}
     if isinstance(changed.get("prefixItems"), list):
         items = changed["prefixItems"]
         changed["prefixItems"] = [{"anyOf": [{"$ref": "#/$defs/reference"}, _with_references(i)]} for i in items]

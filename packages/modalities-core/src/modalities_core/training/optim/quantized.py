@@ -1,0 +1,66 @@
+"""Optimizer states in 8 bits per value: blocks that share a scale, and a code that is dense near zero.
+
+Method: block-wise dynamic quantization (Dettmers et al., arXiv:2110.02861). Blocks lie within a row, so that a
+parameter sharded by rows has the same blocks under any number of ranks. The code of the second moment has no zero:
+a value that is not zero never becomes one, for it is divided by.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256
+"""Values that share a scale."""
+
+
+def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """The nearest codes and the scale of each block.
+
+    Args:
+        values: (rows, ...) float32; not negative unless ``signed``.
+        signed: which code is used.
+
+    Returns:
+        codes like ``values`` in uint8, and scales (rows, blocks) float32, the largest magnitude of each block.
+    """
+    rows = values.flatten(1)
+    width = rows.shape[1]
+    padded = F.pad(rows, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
+    scales = padded.abs().amax(2)
+    # A block of zeros has any code; its scale is what says zero.
+    relative = padded / torch.where(scales > 0, scales, 1.0)[..., None]
+    _, boundaries = _code(signed, values.device)
+    codes = torch.bucketize(relative, boundaries, out_int32=True).to(torch.uint8)
+    return codes.flatten(1)[:, :width].reshape(values.shape), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """What :func:`quantize` gave, as float32 again; quantizing that once more changes nothing."""
+    values, _ = _code(signed, codes.device)
+    rows = values[codes.flatten(1).to(torch.int32)]
+    width = rows.shape[1]
+    spread = scales.repeat_interleave(BLOCK, 1, output_size=scales.shape[1] * BLOCK)
+    return rows.mul_(spread[:, :width]).view(codes.shape)
+
+
+def blocks(width: int) -> int:
+    """How many blocks a row of ``width`` values has."""
+    return -(-width // BLOCK)
+
+
+@cache
+def _code(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 values in rising order, the largest 1, and the boundaries halfway between them."""
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** ((6 if signed else 7) - decade) + 1, dtype=torch.float64)
+        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0**-decade)
+    values = torch.cat([*positive, torch.ones(1, dtype=torch.float64)])
+    least = torch.zeros(1, dtype=torch.float64) if signed else torch.tensor([1e-7], dtype=torch.float64)
+    values = torch.cat([values, least, -values[:-1]] if signed else [values, least]).sort().values.to(torch.float32)
+    assert values.numel() == 256
+    return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
