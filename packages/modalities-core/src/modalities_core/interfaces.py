@@ -315,6 +315,15 @@ class Hook(Protocol):
 
 
 @runtime_checkable
+class TextGenerator(Protocol):
+    """Continues texts. On several ranks it is called on all of them alike, for they may share one model."""
+
+    def __call__(self, prompts: Sequence[str]) -> list[str]:
+        """What follows each of ``prompts``."""
+        ...
+
+
+@runtime_checkable
 class Schedule(Protocol):
     """A pure function of the step."""
 
