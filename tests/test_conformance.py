@@ -12,6 +12,7 @@ from modalities_core import interfaces
 from modalities_core.config.document import parse
 from modalities_core.config.graph import Graph
 from modalities_core.registry import registry
+from modalities_data.batch_sizes import BatchSizes
 
 WORLD = "{component: world.alone, device: cpu}"
 NANO = "{component: model.decoder, preset: nano, sequence_length: 32, vocab_size: 300}"
@@ -76,6 +77,11 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "batches.in_order": (
         f"{{component: batches.in_order, dataset: {LOREM}, world: {WORLD}, samples_per_step: 4, micro_batch_size: 2}}",
         interfaces.Batches,
+    ),
+    "batch_size.linear": ("{component: batch_size.linear, samples: 4, increment: 4, steps: 10}", BatchSizes),
+    "batch_size.stages": (
+        "{component: batch_size.stages, stages: [{from_step: 0, samples: 4}, {from_step: 9, samples: 8}]}",
+        BatchSizes,
     ),
     "batches.held_out": (HELD_OUT, interfaces.HeldOut),
     "tokenizer.bytes": ("{component: tokenizer.bytes}", interfaces.Tokenizer),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 COMPONENTS: dict[str, str] = {
+    "batch_size.linear": "modalities_data.batch_sizes:Linear",
+    "batch_size.stages": "modalities_data.batch_sizes:Stages",
     "batches.held_out": "modalities_data.loading.batches:HeldOutBatches",
     "batches.in_order": "modalities_data.loading.batches:InOrderBatches",
     "batches.shuffled": "modalities_data.loading.batches:ShuffledBatches",
