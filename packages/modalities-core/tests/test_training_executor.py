@@ -1,5 +1,6 @@
 """Sums, gradients and modes of the plain executor; the world of one process."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ from training_parts import TinyBatches, TinyModel, summed_cross_entropy
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Executor, LossSum, World
-from modalities_core.training.executor import Plain, computes_bf16
+from modalities_core.training.executor import Plain
+from modalities_core.training.precision import computes_bf16
 from modalities_core.training.world import Alone
 
 
@@ -133,11 +135,28 @@ def test_alone_refuses_devices_that_are_not_there():
     assert Alone().device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_alone_measures_the_squared_norm():
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_alone_measures_norms(order, dtype):
     model, _ = gradients(8)
-    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")) ** 2
-    torch.testing.assert_close(Alone("cpu").squared_norm(model.parameters()), expected)
-    assert Alone("cpu").squared_norm([torch.zeros(2)]).item() == 0
+    for parameter in model.parameters():
+        gradient = parameter.grad.to(dtype)
+        parameter.grad, parameter.data, parameter.grad = None, parameter.data.to(dtype), gradient
+    whole = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])
+    share = Alone("cpu").norm_share([*model.parameters(), torch.zeros(0)], order)
+    norm = share if math.isinf(order) else share ** (1 / order)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(whole, order), rtol=1e-6, atol=0)
+    assert Alone("cpu").norm_share([torch.zeros(2)], order).item() == 0
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_norm_shows_what_is_not_finite_anywhere(order, poison):
+    parameters = [torch.zeros(3), torch.zeros(0), torch.zeros(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    parameters[2].grad[1] = poison
+    assert not torch.isfinite(Alone("cpu").norm_share(parameters, order))
 
 
 class SegmentModel(TinyModel):

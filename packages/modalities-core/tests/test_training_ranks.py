@@ -37,8 +37,8 @@ class Pair(Alone):
         dist.all_reduce(values)
         return values
 
-    def squared_norm(self, parameters):
-        return super().squared_norm(parameters) / self.size
+    def norm_share(self, parameters, order):
+        return super().norm_share(parameters, order) / self.size
 
     def broadcast(self, value):
         holder = [value]
@@ -196,7 +196,7 @@ def test_not_finite_on_one_stops_both_before_the_update(ranks):
     assert errors[0] == errors[1]
     assert errors[0][0] == "NumericalError"
     assert "step 4 " in errors[0][1]
-    assert "1 of 2 ranks" in errors[0][1]
+    assert "not finite on rank 1 of 2 ranks" in errors[0][1]
     assert ranks[0]["not finite"]["losses"] == ranks[0]["unbroken"]["losses"][:3]
 
 

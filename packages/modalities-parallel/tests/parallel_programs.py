@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ class Training:
             result = LOSSES[loss](self.model(micro.tokens_BT), self.model.head, micro)
             result.loss.backward()
             sums += torch.stack([result.loss.detach(), result.tokens])
-        share_of_norm = self.world.squared_norm(self.model.parameters())
+        share_of_norm = self.world.norm_share(self.model.parameters(), 2.0)
         total, tokens, squared = self.world.sum(torch.cat([sums, share_of_norm[None]])).tolist()
         for parameter in self.model.parameters():
             if parameter.grad is not None:
@@ -182,8 +183,9 @@ def talk():
     total = world.sum(torch.tensor([1.0, float(world.rank)])).tolist()
     local = torch.nn.Parameter(torch.zeros(2))
     local.grad = torch.tensor([3.0, 4.0])
-    norm = world.sum(world.squared_norm([local, torch.nn.Parameter(torch.zeros(1))])).item()
-    nothing = world.squared_norm([]).item()
+    norms = {order: world.norm_share([local, torch.nn.Parameter(torch.zeros(1))], order) for order in (1, 2, math.inf)}
+    norm = [world.sum(norms[1]).item(), world.sum(norms[2]).item(), norms[math.inf].item()]
+    nothing = world.norm_share([], 2.0).item()
     try:
         world.check(SmallModel())
         refusal = None

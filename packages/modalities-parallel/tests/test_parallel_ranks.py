@@ -102,7 +102,7 @@ def test_what_a_world_says_and_hears(on_ranks):
         assert result["axes"] == ["dp_replicate", "dp_shard"]
         assert result["heard"] == {"rank": 0, "text": "größer", "numbers": [1, 2.5, None]}
         assert result["total"] == [4.0, 6.0]
-        assert result["norm"] == 25.0
+        assert result["norm"] == [7.0, 25.0, 4.0]
         assert result["nothing"] == 0.0
         assert "parallel.fsdp2" in result["refusal"]
 

@@ -118,10 +118,14 @@ class Batch:
 
 @runtime_checkable
 class Batches(Protocol):
-    """Training data: which samples each step sees is a pure function of the step, so resuming is arithmetic."""
+    """Training data: which samples each step sees is a pure function of the step, so resuming is arithmetic.
+
+    Where steps differ in size, ``samples(step: int) -> range`` gives the numbers of the zero-based step's samples over
+    all ranks, in the order of the run.
+    """
 
     samples_per_step: int
-    """Samples in one step over all ranks, micro batches and accumulation."""
+    """Samples in one step over all ranks, micro batches and accumulation; the most of any step."""
     sequence_length: int
     largest_id: int
     fingerprint: str
@@ -237,10 +241,12 @@ class World(Protocol):
         """Element-wise sum over all ranks, in place."""
         ...
 
-    def squared_norm(self, parameters: Iterable[Tensor]) -> Tensor:
-        """This rank's share of the squared 2-norm of the gradients: the sum over all ranks is the whole.
+    def norm_share(self, parameters: Iterable[Tensor], order: float) -> Tensor:
+        """This rank's share of the norm of the gradients, a scalar on the device.
 
-        Not a collective itself, so that the share can travel in the step's one reduction.
+        For order 1 or 2 of the sum of abs(g) ** order: added up over all ranks, the shares are the whole. For infinity
+        the largest abs(g) of this rank. Not a collective itself, so that the share can travel in the step's one
+        reduction, and the host does not wait for it.
         """
         ...
 
@@ -263,7 +269,24 @@ class World(Protocol):
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs the model on micro batches; the loop never asks whether it is a pipeline."""
+    """Runs the model on micro batches; the loop never asks whether it is a pipeline.
+
+    It may also have any of these, which the loop asks for by name:
+
+    ``scaler``, None or an object with a ``scale``, a float32 scalar on the device that losses are multiplied by before
+    backward, and ``update(overflowed: Tensor) -> None``, called after each step with a scalar that is not 0 where the
+    gradient was not finite though every loss was; neither makes the host wait.
+
+    ``prepare(steps: int, tokens_per_step: int) -> None``, called once before the first step, after a checkpoint is
+    loaded, with the length of the whole run.
+
+    ``state() -> dict[str, JSON]`` and ``restore(state) -> None``, what a checkpoint keeps of it; before ``prepare``.
+
+    ``phases``, a ``modalities_core.training.throughput.Phases`` with which it times forward and backward.
+
+    ``after_first: Callable[[LossSum], None] | None``, called between the first of several micro batches and the second, when
+    the gradients are those of the first alone, over all ranks.
+    """
 
     model: Model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -16,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from modalities_core.errors import ConfigError, DistributedError
 from modalities_core.interfaces import Model
+from modalities_core.training.norms import norm_share
 from modalities_parallel.environment import Launch
 from modalities_parallel.mesh import REPLICATE, SHARD, Degrees, device_mesh
 
@@ -59,11 +60,11 @@ class Distributed:
             dist.all_reduce(values)
         return values
 
-    def squared_norm(self, parameters: Iterable[Tensor]) -> Tensor:
-        """This rank's share of the squared 2-norm of the gradients, a float32 scalar on the device.
+    def norm_share(self, parameters: Iterable[Tensor], order: float) -> Tensor:
+        """This rank's share of the norm of the gradients, a scalar on the device: of order 1, 2 or infinity.
 
-        Copies of a gradient share its square between them, so that the sum over all ranks is the whole. Nothing is
-        sent and the host does not wait.
+        Copies of a gradient share what it adds between them, so that the sum over all ranks is the whole; the largest
+        is the largest, however often it is there. Nothing is sent and the host does not wait.
         """
         copies: dict[int, list[Tensor]] = {}
         for gradient in (p.grad for p in parameters if p.grad is not None):
@@ -71,10 +72,10 @@ class Distributed:
                 copies.setdefault(_replicas(gradient), []).append(gradient.to_local())
             else:
                 copies.setdefault(self.size, []).append(gradient)
-        share = torch.zeros((), dtype=torch.float32, device=self.device)
-        for count, gradients in copies.items():
-            share += get_total_norm(gradients).to(share).square() / count
-        return share
+        if math.isinf(order):
+            return norm_share(itertools.chain(*copies.values()), order, self.device)
+        shares = (norm_share(gradients, order, self.device) / count for count, gradients in copies.items())
+        return sum(shares, start=norm_share((), order, self.device))
 
     def check(self, model: Model) -> None:
         """Raise ConfigError if gradients of ``model`` would not be reduced over the ranks."""

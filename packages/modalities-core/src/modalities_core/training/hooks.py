@@ -1,14 +1,15 @@
-"""What happens beside the updates: saving and evaluating."""
+"""What happens beside the updates: saving, evaluating, and whatever else a run was given."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from modalities_core.events import CheckpointSaved, Warned
-from modalities_core.interfaces import Executor, World
+from modalities_core.interfaces import Executor, Hook, Training, World
 from modalities_core.progress import Progress
 from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.evaluator import Evaluation
@@ -37,11 +38,15 @@ class Saving:
         self._draft = draft
         self.parent: int | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint follows ``step``, however the run goes."""
+        return self._checkpoints is not None and (step == self._steps or step % self._checkpoints.every == 0)
+
     def after_step(self, progress: Progress, stop: str, executor: Executor, optimizer: torch.optim.Optimizer) -> None:
         """Save if it is time."""
         if self._checkpoints is None or progress.step == (self.parent or 0):
             return
-        if not (stop or progress.step == self._steps or progress.step % self._checkpoints.every == 0):
+        if not (stop or self.due(progress.step)):
             return
         start = time.perf_counter()
         draft = self._draft(progress, self.parent)
@@ -75,3 +80,13 @@ def evaluate_due(
             return stopping()
         journal.emit(measured)
     return ""
+
+
+@contextmanager
+def running(hooks: Sequence[Hook], training: Training) -> Iterator[None]:
+    """Start the hooks, and close in the end all that were started, whatever happens."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.close)
+            hook.start(training)
+        yield

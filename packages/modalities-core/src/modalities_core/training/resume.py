@@ -21,7 +21,7 @@ from modalities_core.training.manifest import Manifest
 from modalities_core.training.optim import hyperparameters, restore_hyperparameters
 
 CHECKPOINTS = "checkpoints"
-LEFT_BY_A_RUN = (CHECKPOINTS, STATUS, "metrics*.jsonl")
+LEFT_BY_A_RUN = (CHECKPOINTS, STATUS, "metrics*.jsonl", "tensorboard", "wandb", "mlflow.json", "profile")
 
 
 class Resumable(Protocol):
@@ -42,7 +42,7 @@ class Start:
     progress: Progress = field(default_factory=Progress)
     parent_step: int | None = None
     resumed_from: str = ""
-    state: dict[str, Any] = field(default_factory=lambda: {"loss": 0.0, "tokens": 0.0})
+    state: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def is_done(self, folder: Path, steps: int, world: World) -> bool:
@@ -80,11 +80,14 @@ def find_start(trainer: Resumable, shelf: Shelf, config_hash: str, from_step: in
     configured = hyperparameters(optimizer)
     warnings += checkpoints.load(shelf, world, model, optimizer, found)
     restore_hyperparameters(optimizer, configured)
+    restore = getattr(trainer.executor, "restore", None)
+    if restore is not None and "executor" in manifest.state:
+        restore(manifest.state["executor"])
     return Start(
         progress=Progress(manifest.step, manifest.samples, manifest.tokens),
         parent_step=manifest.step,
         resumed_from=str(found.folder),
-        state=manifest.state.get("log", Start().state),
+        state=manifest.state,
         warnings=tuple(warnings),
     )
 

@@ -9,7 +9,6 @@ from typing import Any
 from modalities_core.events import StepLogged
 from modalities_core.interfaces import Batches, Executor, World
 from modalities_core.progress import Progress
-from modalities_core.training.consumption import samples_of
 from modalities_core.training.efficiency import Efficiency, time_split
 from modalities_core.training.journal import Journal
 from modalities_core.training.throughput import Phases, Stopwatch
@@ -18,11 +17,20 @@ from modalities_core.training.totals import StepTotals
 
 @dataclass(frozen=True, slots=True)
 class StepTaken:
-    """An update that just happened: progress after it, what the ranks found, and the learning rate it used."""
+    """An update that just happened.
+
+    progress: after it.
+    totals: what the ranks found.
+    learning_rate: the one it used.
+    batch: zero-based number of the batch it took, which differs from the step's where batches were left out.
+    samples: their numbers in the order of the run.
+    """
 
     progress: Progress
     totals: StepTotals
     learning_rate: float
+    batch: int
+    samples: range
 
 
 class StepLog:
@@ -39,23 +47,23 @@ class StepLog:
         self._world = world
         self._steps = steps
         self._every = every
-        self._batches = batches
+        self._sequence_length = batches.sequence_length
         self._efficiency = Efficiency(executor, world, batches.sequence_length)
         # An executor that tells forward from backward does it here, where the loop times the rest.
         self.phases: Phases = getattr(executor, "phases", None) or Phases(world.device)
         self._consumed = 0
-        self._consumed_until: int | None = None
         self._loss = 0.0
         self._tokens = 0.0
+        self._skipped = 0
 
     def state(self) -> dict[str, Any]:
-        """Sums since the last report, as JSON values."""
-        return {"loss": self._loss, "tokens": self._tokens}
+        """Sums and left out steps since the last report, as JSON values."""
+        return {"loss": self._loss, "tokens": self._tokens, "skipped": self._skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue the sums of a checkpoint."""
-        self._loss, self._tokens = float(state["loss"]), float(state["tokens"])
-        self._consumed_until = None
+        """Continue the sums of a checkpoint, or start with none."""
+        self._loss, self._tokens = float(state.get("loss", 0.0)), float(state.get("tokens", 0.0))
+        self._skipped = int(state.get("skipped", 0))
 
     def due(self, step: int) -> bool:
         """Whether a report follows ``step``; then the totals of all steps up to it have to be given before."""
@@ -68,23 +76,18 @@ class StepLog:
         the device found only then.
         """
         self.stopwatch.step_done()
-        self._consume(taken.progress)
-        self._loss += taken.totals.loss
-        self._tokens += taken.totals.tokens
+        self._consumed += len(taken.samples) * self._sequence_length
+        # A loss that is not finite belongs to a step that was left out.
+        if math.isfinite(taken.totals.loss):
+            self._loss += taken.totals.loss
+            self._tokens += taken.totals.tokens
+        self._skipped += taken.totals.frozen
         self._journal.step = taken.progress.step
         if self.due(taken.progress.step):
             self._journal.emit(self._report(taken))
             self._journal.status("running")
             self._loss = self._tokens = 0.0
-            self._consumed = 0
-
-    def _consume(self, progress: Progress) -> None:
-        """Count the step's tokens, which need not be as many in each."""
-        tokens = len(samples_of(self._batches, progress.step - 1)) * self._batches.sequence_length
-        if self._consumed_until is not None:
-            tokens = progress.tokens - self._consumed_until
-        self._consumed += tokens
-        self._consumed_until = progress.tokens
+            self._consumed = self._skipped = 0
 
     def _report(self, taken: StepTaken) -> StepLogged:
         # First the parts, which waits for the device, so that the window ends when its steps have.
@@ -100,6 +103,7 @@ class StepLog:
             learning_rate=taken.learning_rate,
             tokens=taken.progress.tokens,
             samples=taken.progress.samples,
+            skipped_steps=self._skipped,
             seconds=time_split({"data": window.data_seconds} | parts, window.seconds, max(1, window.steps)),
             **measures,
         )

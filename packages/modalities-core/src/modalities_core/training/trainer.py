@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from modalities_core.errors import ConfigError, Interrupted, ModalitiesError, Preempted
+from modalities_core.errors import ConfigError, Interrupted, ModalitiesError, NumericalError, Preempted
 from modalities_core.events import RunStarted, Warned
-from modalities_core.interfaces import Batches, Executor, Schedule, Sink, World
+from modalities_core.interfaces import Batches, Executor, Hook, Schedule, Sink, Training, World
 from modalities_core.progress import Progress
 from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.checks import check_positive, check_run
+from modalities_core.training.consumption import samples_of
 from modalities_core.training.evaluator import Evaluation
-from modalities_core.training.gradients import check_finite, reduce_step, scale_gradients
-from modalities_core.training.hooks import Saving, evaluate_due
+from modalities_core.training.garbage import GarbageCollection
+from modalities_core.training.gradients import reduce_step
+from modalities_core.training.hooks import Saving, evaluate_due, running
 from modalities_core.training.journal import Journal
+from modalities_core.training.ledger import Ledger
 from modalities_core.training.lineage import Shelf
 from modalities_core.training.manifest import Manifest
+from modalities_core.training.non_finite import NonFinite, Policy, RollBack, check_policy
 from modalities_core.training.optim import learning_rates, set_learning_rates
 from modalities_core.training.parameters import as_module, on_meta, parameter_count
 from modalities_core.training.resume import CHECKPOINTS, Start, find_start, set_run_aside
 from modalities_core.training.signals import StopSignals, agree_to_stop
 from modalities_core.training.steplog import StepLog, StepTaken
+from modalities_core.training.totals import totals_from
+from modalities_core.training.update import Update
+from modalities_core.training.verdict import Judge
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What stays the same throughout one call of :meth:`Trainer.run`, also where it goes back to a checkpoint."""
+
+    folder: Path
+    config_hash: str
+    journal: Journal
+    shelf: Shelf
+    signals: StopSignals
+    policy: Policy
+    garbage: GarbageCollection
 
 
 class Trainer:
@@ -41,12 +63,20 @@ class Trainer:
         schedule: factor on the peak learning rate by step.
         batches: training data.
         steps: optimizer updates of the whole run.
-        clip_norm: longest 2-norm of the gradient of the mean loss; None for no limit.
+        clip_norm: longest norm of the gradient of the mean loss; None for no limit.
+        norm_order: of that norm: 1, 2 or infinity (``.inf`` in YAML), the largest element.
+        non_finite: what happens when a loss or gradient is not finite. The weights never change by it. ``stop`` ends
+            the run with exit code 7, ``skip`` leaves the step out, ``roll_back`` goes back to the newest checkpoint
+            and on with the batch after the bad one, as in PaLM (arXiv:2204.02311, section 5.1).
+        most_skips: steps in a row that ``skip`` leaves out; at one more the run ends.
+        most_roll_backs: times that ``roll_back`` goes back; at one more the run ends.
         evaluations: held-out sets.
         checkpoints: when to save; None saves nothing, and then nothing can be continued.
         sinks: consumers of the run's events.
-        log_every: steps between two reports.
+        hooks: what else happens beside the updates.
+        log_every: steps between two reports. In between the host never waits for the device.
         seed: of dropout and whatever else draws random numbers in the model.
+        collect_garbage_every: steps between two runs of Python's cycle collector, on all ranks at the same time.
 
     Raises:
         ConfigError: a number is out of range, or model, data and ranks do not fit each other.
@@ -61,13 +91,23 @@ class Trainer:
         batches: Batches,
         steps: int,
         clip_norm: float | None = 1.0,
+        norm_order: float = 2.0,
+        non_finite: NonFinite = "stop",
+        most_skips: int = 10,
+        most_roll_backs: int = 3,
         evaluations: Sequence[Evaluation] = (),
         checkpoints: Checkpoints | None = None,
         sinks: Sequence[Sink] = (),
+        hooks: Sequence[Hook] = (),
         log_every: int = 10,
         seed: int = 0,
+        collect_garbage_every: int = 1000,
     ) -> None:
-        check_positive(self, steps=steps, clip_norm=clip_norm, log_every=log_every)
+        check_positive(self, steps=steps, clip_norm=clip_norm, log_every=log_every, most_skips=most_skips)
+        check_positive(self, most_roll_backs=most_roll_backs, collect_garbage_every=collect_garbage_every)
+        if norm_order not in (1, 2, math.inf):
+            raise ConfigError(f"norm_order is 1, 2 or infinity, not {norm_order}", about=(self, "norm_order"))
+        check_policy(self, non_finite, checkpoints)
         check_run(executor.model, world, batches, evaluations)
         self.world = world
         self.executor = executor
@@ -76,11 +116,17 @@ class Trainer:
         self.batches = batches
         self.steps = steps
         self.clip_norm = clip_norm
+        self.norm_order = norm_order
+        self.non_finite: NonFinite = non_finite
+        self.most_skips = most_skips
+        self.most_roll_backs = most_roll_backs
         self.evaluations = tuple(evaluations)
         self.checkpoints = checkpoints
         self.sinks = tuple(sinks)
+        self.hooks = tuple(hooks)
         self.log_every = log_every
         self.seed = seed
+        self.collect_garbage_every = collect_garbage_every
         self.peaks = learning_rates(optimizer)
 
     def run(self, folder: Path, fresh: bool = False, config_hash: str = "", from_step: int | None = None) -> Progress:
@@ -97,7 +143,7 @@ class Trainer:
 
         Raises:
             CheckpointError: no checkpoint is valid, or it belongs to other data or another model.
-            NumericalError: loss or gradient are not finite; the weights were not changed by it.
+            NumericalError: loss or gradient are not finite, and ``non_finite`` allows no more of it.
             Preempted: asked to stop by SIGTERM or SIGUSR1, and saved.
             Interrupted: likewise by SIGINT.
             ResourceError: no room for a checkpoint.
@@ -107,67 +153,119 @@ class Trainer:
         folder = Path(folder)
         journal = Journal(folder, self.world, self.sinks, self.steps)
         try:
-            with StopSignals() as signals:
+            with StopSignals() as signals, GarbageCollection(self.collect_garbage_every) as garbage:
                 set_run_aside(folder, self.world, fresh)
-                shelf = Shelf(folder / CHECKPOINTS)
-                start = find_start(self, shelf, config_hash, None if fresh else from_step)
+                policy = Policy(self.non_finite, self.most_skips, self.most_roll_backs)
+                run = Run(folder, config_hash, journal, Shelf(folder / CHECKPOINTS), signals, policy, garbage)
+                start = find_start(self, run.shelf, config_hash, None if fresh else from_step)
                 journal.step = start.progress.step
                 if start.progress.step > self.steps or start.is_done(folder, self.steps, self.world):
                     journal.emit(Warned(f"the run has already done its {self.steps} steps; raise steps to go on"))
                     progress = start.progress
                 else:
-                    self._announce(folder, journal, start)
-                    progress = self._train(journal, shelf, signals, start, config_hash)
+                    progress = self._train_on(run, start)
         except BaseException as error:
             journal.end(error)
             raise
         journal.end()
         return progress
 
-    def _train(self, journal: Journal, shelf: Shelf, signals: StopSignals, start: Start, config_hash: str) -> Progress:
+    def _train_on(self, run: Run, start: Start) -> Progress:
+        """Train from ``start``, and again from each checkpoint that the policy goes back to."""
+        run.policy.restore(start.state.get("non_finite", {}))
+        self._announce(run, start)
+        prepare = getattr(self.executor, "prepare", None)
+        if prepare is not None:
+            prepare(self.steps, self.batches.samples_per_step * self.batches.sequence_length)
+        emit = run.journal.emit
+        training = Training(run.folder, self.executor, self.world, start.progress.step, self.steps, emit)
+        with running(self.hooks, training):
+            while True:
+                try:
+                    return self._train(run, start)
+                except RollBack as bad:
+                    start = self._gone_back(run, bad)
+
+    def _train(self, run: Run, start: Start) -> Progress:
         world, executor, optimizer, batches = self.world, self.executor, self.optimizer, self.batches
-        parameters = list(as_module(executor.model).parameters())
-        finish_step = getattr(executor.model, "finish_step", None)
-        progress = start.progress
-        log = StepLog(journal, executor, world, batches, self.steps, self.log_every)
-        log.restore(start.state)
-        draft = partial(self._draft, config_hash, log)
-        saving = Saving(self.checkpoints, shelf, journal, world, self.steps, draft)
+        module, scaler, policy = as_module(executor.model), getattr(executor, "scaler", None), run.policy
+        parameters = list(module.parameters())
+        log = StepLog(run.journal, executor, world, batches, self.steps, self.log_every)
+        log.restore(start.state.get("log", {}))
+        saving = Saving(self.checkpoints, run.shelf, run.journal, world, self.steps, partial(self._draft, run, log))
         saving.parent = start.parent_step
-        stopping = partial(agree_to_stop, world, signals)
-        evaluate = partial(evaluate_due, executor=executor, world=world, journal=journal, stopping=stopping)
+        judge = Judge(world.device, policy.patience, self.clip_norm, None if scaler is None else scaler.scale)
+        judge.restore(policy.errors_in_row, policy.overflows_in_row)
+        update = Update(optimizer, module, world, scaler)
+        ledger: Ledger[partial[StepTaken]] = Ledger(world.device)
+        stopping = partial(agree_to_stop, world, run.signals)
+        evaluate = partial(evaluate_due, executor=executor, world=world, journal=run.journal, stopping=stopping)
+        progress = start.progress
         optimizer.zero_grad(set_to_none=True)
         stop = evaluate(self.evaluations, progress.step, self.steps)
         log.stopwatch.window()
         for step in range(progress.step, self.steps):
             if stop:
                 break
-            torch.manual_seed(step_seed(self.seed, step, world.data_rank))
-            with log.stopwatch.waiting_for_data():
-                micro_batches = batches.micro_batches(step)
+            batch = step + policy.left_out
+            torch.manual_seed(step_seed(self.seed, batch, world.data_rank))
+            with log.phases.timed("data"):
+                micro_batches = batches.micro_batches(batch)
+            update.before_step()
             sums = executor.forward_backward(micro_batches)
-            totals = reduce_step(world, sums, parameters, signals)
-            check_finite(totals, step + 1, self._samples(step), world.size)
-            scale_gradients(parameters, totals, self.clip_norm)
-            learning_rate = set_learning_rates(optimizer, self.peaks, self.schedule(step))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if finish_step is not None:
-                finish_step(world)
-            progress = progress.advanced(batches.samples_per_step, batches.samples_per_step * batches.sequence_length)
-            log.after_step(StepTaken(progress, totals, learning_rate))
+            with log.phases.timed("optimizer"):
+                verdict = judge(reduce_step(world, sums, parameters, self.norm_order, run.signals))
+                learning_rate = set_learning_rates(optimizer, self.peaks, self.schedule(step))
+                update(verdict)
+            samples = samples_of(batches, batch)
+            progress = progress.advanced(len(samples), len(samples) * batches.sequence_length)
+            taken = partial(StepTaken, progress=progress, learning_rate=learning_rate, batch=batch, samples=samples)
+            ledger.add(taken, verdict.record)
+            stop = self._hear(run, log, ledger, everything=self._observed(progress.step, log, saving))
             with log.stopwatch.excluded():
-                saving.after_step(progress, totals.stop, executor, optimizer)
-                stop = totals.stop or evaluate(self.evaluations, progress.step, self.steps)
+                run.garbage.after_step(progress.step)
+                for hook in self.hooks:
+                    hook.after_step(progress.step)
+                saving.after_step(progress, stop, executor, optimizer)
+                stop = stop or evaluate(self.evaluations, progress.step, self.steps)
         if stop:
             saving.after_step(progress, stop, executor, optimizer)
             raise self._stopped(stop, progress)
         return progress
 
-    def _announce(self, folder: Path, journal: Journal, start: Start) -> None:
+    def _observed(self, step: int, log: StepLog, saving: Saving) -> bool:
+        """Whether something after ``step`` needs to know all steps up to it; the same on every rank."""
+        evaluated = any(evaluation.due(step, self.steps) for evaluation in self.evaluations)
+        return evaluated or log.due(step) or saving.due(step)
+
+    def _hear(self, run: Run, log: StepLog, ledger: Ledger[partial[StepTaken]], everything: bool) -> str:
+        """Act on what the device has found in the steps so far, all ranks alike; gives why to stop, if any does."""
+        stop = ""
+        for taken, record in ledger.read(everything):
+            told = taken(totals=totals_from(record))
+            run.policy.heard(told, self.world, run.journal)
+            log.after_step(told)
+            stop = told.totals.stop or stop
+        return stop and (self._hear(run, log, ledger, everything=True) or stop)
+
+    def _gone_back(self, run: Run, bad: RollBack) -> Start:
+        """Load the newest checkpoint and leave out the batches up to the bad one; collective."""
+        start = find_start(self, run.shelf, run.config_hash, None)
+        step = start.progress.step
+        if start.parent_step is None:
+            raise NumericalError(f"{bad.message}; there is no checkpoint yet to go back to", hint=bad.hint) from bad
+        run.policy.restore(start.state.get("non_finite", {}))
+        run.policy.gone_back(step, bad.batch)
+        run.journal.step = step
+        self._announce(run, start)
+        run.journal.emit(Warned(f"{bad.message}; went back to step {step}, leaving out the batches since then"))
+        return start
+
+    def _announce(self, run: Run, start: Start) -> None:
+        journal = run.journal
         journal.emit(
             RunStarted(
-                folder=folder,
+                folder=run.folder,
                 first_step=start.progress.step,
                 steps=self.steps,
                 tokens_per_step=self.batches.samples_per_step * self.batches.sequence_length,
@@ -184,7 +282,11 @@ class Trainer:
             journal.emit(Warned(f"the schedule is made for {planned} steps, the run has {self.steps}"))
         journal.status("running")
 
-    def _draft(self, config_hash: str, log: StepLog, progress: Progress, parent_step: int | None) -> Manifest:
+    def _draft(self, run: Run, log: StepLog, progress: Progress, parent_step: int | None) -> Manifest:
+        state = {"log": log.state(), "non_finite": run.policy.state()}
+        own_state = getattr(self.executor, "state", None)
+        if own_state is not None:
+            state["executor"] = own_state()
         return Manifest(
             step=progress.step,
             samples=progress.samples,
@@ -195,12 +297,9 @@ class Trainer:
             world_size=self.world.size,
             seed=self.seed,
             data_fingerprint=self.batches.fingerprint,
-            config_hash=config_hash,
-            state={"log": log.state()},
+            config_hash=run.config_hash,
+            state=state,
         )
-
-    def _samples(self, step: int) -> range:
-        return range(step * self.batches.samples_per_step, (step + 1) * self.batches.samples_per_step)
 
     def _stopped(self, stop: str, progress: Progress) -> ModalitiesError:
         saved = "saved" if self.checkpoints is not None else "not saved, for the run has no checkpoints"

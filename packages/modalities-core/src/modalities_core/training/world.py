@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
+from modalities_core.training.norms import norm_share
 
 
 class Alone:
@@ -34,12 +35,10 @@ class Alone:
         """``values`` themselves."""
         return values
 
-    def squared_norm(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Squared 2-norm of all gradients, a scalar on the device; 0 where there are none."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not gradients:
-            return torch.zeros((), device=self.device)
-        return torch.nn.utils.get_total_norm(gradients, 2.0).square()
+    def norm_share(self, parameters: Iterable[Tensor], order: float) -> Tensor:
+        """Sum of abs(g) ** order over all gradients, for infinity the largest; a scalar, 0 where there are none."""
+        gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
+        return norm_share(gradients, order, self.device)
 
     def check(self, model: Model) -> None:
         """Nothing to reduce, nothing to refuse."""
