@@ -113,6 +113,13 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "initialization.scaled": ("{component: initialization.scaled}", None),
     "initialization.llama": ("{component: initialization.llama}", None),
     "initialization.pretrained": ("{component: initialization.pretrained, path: DATA/hugging_face}", None),
+    "generation.text": (f"{{component: generation.text, model: {NANO}, tokenizer: {BYTES}}}", interfaces.TextGenerator),
+    "hook.profile": ("{component: hook.profile, start: [2, 9], ranks: [0]}", interfaces.Hook),
+    "hook.samples": (
+        f"{{component: hook.samples, generator: {{component: generation.text, model: {NANO}, tokenizer: {BYTES}}}, "
+        "prompts: ['def '], every: 5}",
+        interfaces.Hook,
+    ),
     "sink.console": ("{component: sink.console}", interfaces.Sink),
     "sink.jsonl": ("{component: sink.jsonl}", interfaces.Sink),
     "sink.wandb": ("{component: sink.wandb, mode: offline}", interfaces.Sink),

@@ -17,6 +17,8 @@ COMPONENTS: dict[str, str] = {
     "evaluation.held_out": "modalities_core.training.evaluator:Evaluation",
     "checkpoints.keep": "modalities_core.training.checkpointing:Checkpoints",
     "trainer.default": "modalities_core.training.trainer:Trainer",
+    "hook.profile": "modalities_core.training.profiling:Profile",
+    "hook.samples": "modalities_core.training.samples:Samples",
     "sink.console": "modalities_core.sinks.console:Console",
     "sink.jsonl": "modalities_core.sinks.jsonl:JsonLines",
     "sink.wandb": "modalities_core.sinks.wandb:wandb",

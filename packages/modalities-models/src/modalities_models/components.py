@@ -18,4 +18,5 @@ COMPONENTS: dict[str, str] = {
     "loss.cross_entropy": "modalities_models.losses:CrossEntropy",
     "loss.liger_cross_entropy": "modalities_models.losses:LigerCrossEntropy",
     "loss.coca": "modalities_models.losses.coca:CoCaLoss",
+    "generation.text": "modalities_models.generation.samples:text",
 }

@@ -75,7 +75,7 @@ def generate_text(
     if not all(stop):
         raise ConfigError("a stop string is empty", hint="leave it out to go on until an end token")
     ends = (tokenizer.end_of_document,) if end_tokens is None else end_tokens
-    streams = [TextStream(tokenizer.decode, stop, _context(tokenizer, prompt)) for prompt in prompts]
+    streams = [TextStream(tokenizer.decode, stop, context(tokenizer, prompt)) for prompt in prompts]
 
     def stopped(prompt: int, token: int) -> bool:
         return streams[prompt].add(token)
@@ -83,7 +83,7 @@ def generate_text(
     return _pieces(generate_batch(model, prompts, max_new_tokens, sampling, seeds, ends, stopped, cache), streams)
 
 
-def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> Sequence[int]:
+def context(tokenizer: Tokenizer, prompt: Sequence[int]) -> Sequence[int]:
     """The last tokens of a prompt, from the beginning of a character on."""
     for count in range(CONTEXT, 2 * CONTEXT):
         if not tokenizer.decode(prompt[-count:]).startswith("\ufffd"):
