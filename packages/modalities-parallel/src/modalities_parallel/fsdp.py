@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from modalities_core.config.deferred import Deferred
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model, World
+from modalities_core.training.plan import matching
 from modalities_parallel.materialize import fill, materialize, meta_buffers
-from modalities_parallel.plan import matching
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fsdp2(
     model: Deferred[Model],
     world: World,
-    param_dtype: Literal["fp32", "bf16"] = "bf16",
+    param_dtype: Literal["fp32", "bf16", "fp16"] = "bf16",
     reduce_dtype: Literal["fp32", "bf16"] = "fp32",
     reshard_after_forward: bool = True,
 ) -> Model:
@@ -29,15 +29,17 @@ def fsdp2(
     The model is built on the meta device, so no rank ever holds all of it. Each block of its parallel plan is one
     unit; what is left (embedding, final norm, head) is one more, which stays whole between forward and backward so
     that the head can be called after the forward, as often as the loss likes. Gradients are *sums* over the
-    data-parallel ranks. In one process nothing is sharded, and bf16 means ``torch.autocast`` around the forward and
-    the head. The weights that the optimizer sees are float32 in every case.
+    data-parallel ranks. In one process nothing is sharded, and bf16 and fp16 mean ``torch.autocast`` around the forward
+    and the head; executor.plain computes bf16 with copies of the weights instead, as it is on shards. The weights that
+    the optimizer sees are float32 in every case.
 
     Method: ZeRO stage 3 (arXiv:1910.02054) as PyTorch FSDP (arXiv:2304.11277), per-parameter sharding.
 
     Args:
         model: the model to build and shard.
         world: the ranks to share it between, from world.auto.
-        param_dtype: dtype of weights and activations in forward and backward; stored weights stay float32.
+        param_dtype: dtype of weights and activations in forward and backward; stored weights stay float32. With fp16
+            executor.plain scales the loss so that small gradients do not vanish.
         reduce_dtype: dtype in which gradients are summed over ranks.
         reshard_after_forward: free a block's gathered weights between forward and backward; false trades memory for
             one gather less.
@@ -54,6 +56,8 @@ def fsdp2(
         )
     with torch.device("meta"):
         built = cast(nn.Module, model())
+    # For whoever has to know in what the model multiplies, as its weights do not tell.
+    built.computing_dtype = DTYPES[param_dtype]  # pyrefly: ignore[bad-argument-type]
     without_values = meta_buffers(built)
     mesh = getattr(world, "mesh", None)
     if mesh is None and world.size > 1:
@@ -73,18 +77,22 @@ def fsdp2(
     materialize(built, world.device)
     fill(built, cast(Model, built).initial_values(), without_values)
     if mesh is None and param_dtype != "fp32":
-        _autocast(built, world.device, DTYPES[param_dtype])
-        _autocast(cast(Model, built).head, world.device, DTYPES[param_dtype])
+        _autocast(built, built, world.device, DTYPES[param_dtype])
+        _autocast(cast(Model, built).head, built, world.device, DTYPES[param_dtype])
     return cast(Model, built)
 
 
-def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the forward of ``module`` under autocast; floating-point output comes in ``dtype``, as from FSDP2."""
+def _autocast(module: nn.Module, root: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the forward of ``module`` under autocast; floating-point output comes in ``dtype``, as from FSDP2.
+
+    Not where the weights of ``root`` are of that dtype already, as while an executor's copies stand in for them.
+    """
     forward = module.forward
 
     @functools.wraps(forward)
     def cast_forward(*arguments: Any, **keywords: Any) -> Any:
-        with torch.autocast(device.type, dtype=dtype):
+        weight = next(root.parameters(), None)
+        with torch.autocast(device.type, dtype=dtype, enabled=weight is None or weight.dtype != dtype):
             output = forward(*arguments, **keywords)
         return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
 
