@@ -3,11 +3,15 @@
 import time
 
 import pytest
-from training_parts import Collector, TinyBatches, TinyModel, summed_cross_entropy
+import torch
+from training_parts import Collector, TinyBatches, TinyModel, TorchFiles, summed_cross_entropy
 
+from modalities_core.errors import ConfigError
 from modalities_core.events import StepLogged
 from modalities_core.sinks.jsonl import record
+from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.executor import Plain
+from modalities_core.training.noise_scale import NoiseScale, estimates
 from modalities_core.training.optim import adamw
 from modalities_core.training.schedule import Constant
 from modalities_core.training.throughput import Phases
@@ -69,3 +73,67 @@ def test_every_measure_of_speed_is_logged(tmp_path):
     assert event.peak_measured
     assert event.memory["resident"] == event.memory_bytes
     assert {"mfu_causal", "peak_flops", "peak_measured", "memory", "seconds", "skipped_steps"} <= set(record(event))
+
+
+def test_executor_tells_the_gradient_of_the_first_micro_batch():
+    model = TinyModel()
+    executor = Plain(model, summed_cross_entropy, Alone("cpu"))
+    noise = NoiseScale(executor, executor.world, list(model.parameters()))
+    batches = TinyBatches(8, 2).micro_batches(0)
+    sums = noise.forward_backward(batches)
+    large = sum(value.grad.double().square().sum() for value in model.parameters())
+    model.zero_grad()
+    first = executor.forward_backward(batches[:1])
+    small = sum(value.grad.double().square().sum() for value in model.parameters())
+    expected = torch.stack(estimates(small, first.tokens, large, sums.tokens)) / 100
+    assert noise.state() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_noise_scale_is_logged_and_changes_nothing_and_resumes(tmp_path):
+    def run(folder, steps=9, **options):
+        executor = Plain(TinyModel(), summed_cross_entropy, Alone("cpu"))
+        parts = {"steps": steps, "log_every": 1, "checkpoints": Checkpoints(TorchFiles(), every=4)}
+        return logged(tmp_path / folder, executor, TinyBatches(8, 2), **parts | options)
+
+    without, whole = run("without"), run("whole", noise_scale=True)
+    assert {event.noise_scale for event in without} == {None}
+    assert [event.loss for event in whole] == [event.loss for event in without]
+    assert [event.gradient_norm for event in whole] == [event.gradient_norm for event in without]
+    assert any(event.noise_scale is not None for event in whole)
+    first = run("broken", 5, noise_scale=True)
+    second = run("broken", noise_scale=True)
+    assert [event.noise_scale for event in first + second] == [event.noise_scale for event in whole]
+
+
+def test_noise_scale_of_single_micro_batches_is_refused(tmp_path):
+    executor = Plain(TinyModel(), summed_cross_entropy, Alone("cpu"))
+    with pytest.raises(ConfigError, match="one micro batch of 8"):
+        logged(tmp_path, executor, TinyBatches(8, 8), noise_scale=True)
+
+
+class GrowingBatches(TinyBatches):
+    """Two samples in each of the first three steps, then eight."""
+
+    micro_batch_size = 2
+
+    def samples(self, step):
+        first = 2 * min(step, 3) + 8 * max(0, step - 3)
+        return range(first, first + (2 if step < 3 else 8))
+
+    def micro_batches(self, step):
+        samples = self.samples(step)
+        return [self.batch(samples[start : start + 2]) for start in range(0, len(samples), 2)]
+
+
+def test_steps_of_any_size_count_what_they_took(tmp_path):
+    executor = Plain(TinyModel(), summed_cross_entropy, Alone("cpu"))
+    batches = GrowingBatches(8, 2)
+    events = logged(tmp_path, executor, batches, steps=6, log_every=2)
+    assert [(event.step, event.samples, event.tokens) for event in events] == [
+        (1, 2, 12),
+        (2, 4, 24),
+        (4, 14, 84),
+        (6, 30, 180),
+    ]
+    for event, steps, tokens in zip(events, (1, 1, 2, 2), (12, 12, 60, 96), strict=True):
+        assert event.tokens_per_second == pytest.approx(tokens / steps / event.seconds["step"])

@@ -284,8 +284,8 @@ class Executor(Protocol):
 
     ``phases``, a ``modalities_core.training.throughput.Phases`` with which it times forward and backward.
 
-    ``after_first: Callable[[LossSum], None] | None``, called between the first of several micro batches and the second, when
-    the gradients are those of the first alone, over all ranks.
+    ``after_first: Callable[[LossSum], None] | None``, called between the first of several micro batches and the second,
+    when the gradients are those of the first alone, over all ranks, with this rank's share of its sums.
     """
 
     model: Model

@@ -11,6 +11,7 @@ from modalities_core.interfaces import Batches, Executor, World
 from modalities_core.progress import Progress
 from modalities_core.training.efficiency import Efficiency, time_split
 from modalities_core.training.journal import Journal
+from modalities_core.training.noise_scale import NoiseScale
 from modalities_core.training.throughput import Phases, Stopwatch
 from modalities_core.training.totals import StepTotals
 
@@ -40,7 +41,14 @@ class StepLog:
     """
 
     def __init__(
-        self, journal: Journal, executor: Executor, world: World, batches: Batches, steps: int, every: int
+        self,
+        journal: Journal,
+        executor: Executor,
+        world: World,
+        batches: Batches,
+        steps: int,
+        every: int,
+        noise: NoiseScale | None = None,
     ) -> None:
         self.stopwatch = Stopwatch()
         self._journal = journal
@@ -48,6 +56,7 @@ class StepLog:
         self._steps = steps
         self._every = every
         self._sequence_length = batches.sequence_length
+        self._noise = noise
         self._efficiency = Efficiency(executor, world, batches.sequence_length)
         # An executor that tells forward from backward does it here, where the loop times the rest.
         self.phases: Phases = getattr(executor, "phases", None) or Phases(world.device)
@@ -57,13 +66,16 @@ class StepLog:
         self._skipped = 0
 
     def state(self) -> dict[str, Any]:
-        """Sums and left out steps since the last report, as JSON values."""
-        return {"loss": self._loss, "tokens": self._tokens, "skipped": self._skipped}
+        """Sums and left out steps since the last report, and the gradient noise so far, as JSON values."""
+        state = {"loss": self._loss, "tokens": self._tokens, "skipped": self._skipped}
+        return state if self._noise is None else state | {"noise": self._noise.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue the sums of a checkpoint, or start with none."""
         self._loss, self._tokens = float(state.get("loss", 0.0)), float(state.get("tokens", 0.0))
         self._skipped = int(state.get("skipped", 0))
+        if self._noise is not None and "noise" in state:
+            self._noise.restore(state["noise"])
 
     def due(self, step: int) -> bool:
         """Whether a report follows ``step``; then the totals of all steps up to it have to be given before."""
@@ -104,6 +116,7 @@ class StepLog:
             tokens=taken.progress.tokens,
             samples=taken.progress.samples,
             skipped_steps=self._skipped,
+            noise_scale=None if self._noise is None else self._noise.value(),
             seconds=time_split({"data": window.data_seconds} | parts, window.seconds, max(1, window.steps)),
             **measures,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from modalities_core.errors import ConfigError, Interrupted, ModalitiesError, NumericalError, Preempted
-from modalities_core.events import RunStarted, Warned
+from modalities_core.errors import ConfigError, NumericalError
+from modalities_core.events import Warned
 from modalities_core.interfaces import Batches, Executor, Hook, Schedule, Sink, Training, World
 from modalities_core.progress import Progress
+from modalities_core.training.announcement import announce
 from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.checks import check_positive, check_run
 from modalities_core.training.consumption import samples_of
@@ -26,11 +26,13 @@ from modalities_core.training.journal import Journal
 from modalities_core.training.ledger import Ledger
 from modalities_core.training.lineage import Shelf
 from modalities_core.training.manifest import Manifest
+from modalities_core.training.noise_scale import NoiseScale, check_noise_scale
 from modalities_core.training.non_finite import NonFinite, Policy, RollBack, check_policy
 from modalities_core.training.optim import learning_rates, set_learning_rates
-from modalities_core.training.parameters import as_module, on_meta, parameter_count
+from modalities_core.training.parameters import as_module, on_meta
 from modalities_core.training.resume import CHECKPOINTS, Start, find_start, set_run_aside
-from modalities_core.training.signals import StopSignals, agree_to_stop
+from modalities_core.training.seeds import seed_generators, step_seed
+from modalities_core.training.signals import StopSignals, agree_to_stop, stop_error
 from modalities_core.training.steplog import StepLog, StepTaken
 from modalities_core.training.totals import totals_from
 from modalities_core.training.update import Update
@@ -77,6 +79,9 @@ class Trainer:
         log_every: steps between two reports. In between the host never waits for the device.
         seed: of dropout and whatever else draws random numbers in the model.
         collect_garbage_every: steps between two runs of Python's cycle collector, on all ranks at the same time.
+        noise_scale: report the gradient noise scale (arXiv:1812.06162), in tokens: about the batch size from which on
+            larger ones save few steps. Needs two micro batches a step; costs two passes over the gradients and, where
+            they are sharded, one more reduction.
 
     Raises:
         ConfigError: a number is out of range, or model, data and ranks do not fit each other.
@@ -102,6 +107,7 @@ class Trainer:
         log_every: int = 10,
         seed: int = 0,
         collect_garbage_every: int = 1000,
+        noise_scale: bool = False,
     ) -> None:
         check_positive(self, steps=steps, clip_norm=clip_norm, log_every=log_every, most_skips=most_skips)
         check_positive(self, most_roll_backs=most_roll_backs, collect_garbage_every=collect_garbage_every)
@@ -109,6 +115,8 @@ class Trainer:
             raise ConfigError(f"norm_order is 1, 2 or infinity, not {norm_order}", about=(self, "norm_order"))
         check_policy(self, non_finite, checkpoints)
         check_run(executor.model, world, batches, evaluations)
+        if noise_scale:
+            check_noise_scale(executor, batches, world, self)
         self.world = world
         self.executor = executor
         self.optimizer = optimizer
@@ -127,6 +135,7 @@ class Trainer:
         self.log_every = log_every
         self.seed = seed
         self.collect_garbage_every = collect_garbage_every
+        self.noise_scale = noise_scale
         self.peaks = learning_rates(optimizer)
 
     def run(self, folder: Path, fresh: bool = False, config_hash: str = "", from_step: int | None = None) -> Progress:
@@ -173,7 +182,7 @@ class Trainer:
     def _train_on(self, run: Run, start: Start) -> Progress:
         """Train from ``start``, and again from each checkpoint that the policy goes back to."""
         run.policy.restore(start.state.get("non_finite", {}))
-        self._announce(run, start)
+        announce(self, run.folder, run.journal, start)
         prepare = getattr(self.executor, "prepare", None)
         if prepare is not None:
             prepare(self.steps, self.batches.samples_per_step * self.batches.sequence_length)
@@ -190,7 +199,9 @@ class Trainer:
         world, executor, optimizer, batches = self.world, self.executor, self.optimizer, self.batches
         module, scaler, policy = as_module(executor.model), getattr(executor, "scaler", None), run.policy
         parameters = list(module.parameters())
-        log = StepLog(run.journal, executor, world, batches, self.steps, self.log_every)
+        noise = NoiseScale(executor, world, parameters) if self.noise_scale else None
+        forward_backward = executor.forward_backward if noise is None else noise.forward_backward
+        log = StepLog(run.journal, executor, world, batches, self.steps, self.log_every, noise)
         log.restore(start.state.get("log", {}))
         saving = Saving(self.checkpoints, run.shelf, run.journal, world, self.steps, partial(self._draft, run, log))
         saving.parent = start.parent_step
@@ -208,11 +219,11 @@ class Trainer:
             if stop:
                 break
             batch = step + policy.left_out
-            torch.manual_seed(step_seed(self.seed, batch, world.data_rank))
+            seed_generators(step_seed(self.seed, batch, world.data_rank), world.device)
             with log.phases.timed("data"):
                 micro_batches = batches.micro_batches(batch)
             update.before_step()
-            sums = executor.forward_backward(micro_batches)
+            sums = forward_backward(micro_batches)
             with log.phases.timed("optimizer"):
                 verdict = judge(reduce_step(world, sums, parameters, self.norm_order, run.signals))
                 learning_rate = set_learning_rates(optimizer, self.peaks, self.schedule(step))
@@ -230,7 +241,7 @@ class Trainer:
                 stop = stop or evaluate(self.evaluations, progress.step, self.steps)
         if stop:
             saving.after_step(progress, stop, executor, optimizer)
-            raise self._stopped(stop, progress)
+            raise stop_error(stop, progress.step, self.steps, saved=self.checkpoints is not None)
         return progress
 
     def _observed(self, step: int, log: StepLog, saving: Saving) -> bool:
@@ -257,30 +268,9 @@ class Trainer:
         run.policy.restore(start.state.get("non_finite", {}))
         run.policy.gone_back(step, bad.batch)
         run.journal.step = step
-        self._announce(run, start)
+        announce(self, run.folder, run.journal, start)
         run.journal.emit(Warned(f"{bad.message}; went back to step {step}, leaving out the batches since then"))
         return start
-
-    def _announce(self, run: Run, start: Start) -> None:
-        journal = run.journal
-        journal.emit(
-            RunStarted(
-                folder=run.folder,
-                first_step=start.progress.step,
-                steps=self.steps,
-                tokens_per_step=self.batches.samples_per_step * self.batches.sequence_length,
-                parameters=parameter_count(self.executor.model),
-                ranks=self.world.size,
-                device=device_name(self.world.device),
-                resumed_from=start.resumed_from,
-            )
-        )
-        for warning in start.warnings:
-            journal.emit(Warned(warning))
-        planned = getattr(self.schedule, "steps", self.steps)
-        if planned != self.steps:
-            journal.emit(Warned(f"the schedule is made for {planned} steps, the run has {self.steps}"))
-        journal.status("running")
 
     def _draft(self, run: Run, log: StepLog, progress: Progress, parent_step: int | None) -> Manifest:
         state = {"log": log.state(), "non_finite": run.policy.state()}
@@ -300,25 +290,3 @@ class Trainer:
             config_hash=run.config_hash,
             state=state,
         )
-
-    def _stopped(self, stop: str, progress: Progress) -> ModalitiesError:
-        saved = "saved" if self.checkpoints is not None else "not saved, for the run has no checkpoints"
-        if stop == "interrupted":
-            return Interrupted(f"interrupted after step {progress.step} of {self.steps}, {saved}")
-        return Preempted(f"asked to stop after step {progress.step} of {self.steps}, {saved}")
-
-
-def step_seed(seed: int, step: int, data_rank: int) -> int:
-    """A 63-bit seed for the random numbers of one step on one rank, so that none has to be stored to resume.
-
-    Ranks that see the same data (tensor parallel) get the same one.
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{data_rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def device_name(device: torch.device) -> str:
-    """What to call the device in logs."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
