@@ -28,7 +28,8 @@ from modalities_core.training.executor import Plain
 from modalities_core.training.lineage import step_folders
 from modalities_core.training.optim import adamw
 from modalities_core.training.schedule import WarmupCosine
-from modalities_core.training.trainer import Trainer, step_seed
+from modalities_core.training.seeds import step_seed
+from modalities_core.training.trainer import Trainer
 from modalities_core.training.world import Alone
 
 STEPS = 13

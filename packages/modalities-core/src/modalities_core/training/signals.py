@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from modalities_core.errors import Interrupted, ModalitiesError, Preempted
 from modalities_core.interfaces import World
 
 PREEMPTING = ("SIGTERM", "SIGUSR1")
@@ -68,3 +69,11 @@ def stop_state(flags: Sequence[float]) -> str:
 def agree_to_stop(world: World, signals: StopSignals) -> str:
     """What :func:`stop_state` gives for all ranks together; collective, for long stretches without a step."""
     return stop_state(world.sum(torch.tensor(signals.flags(), device=world.device)).tolist())
+
+
+def stop_error(stop: str, step: int, steps: int, saved: bool) -> ModalitiesError:
+    """How a run ends that was asked to; ``stop`` is of :func:`stop_state`."""
+    how = "saved" if saved else "not saved, for the run has no checkpoints"
+    if stop == "interrupted":
+        return Interrupted(f"interrupted after step {step} of {steps}, {how}")
+    return Preempted(f"asked to stop after step {step} of {steps}, {how}")
