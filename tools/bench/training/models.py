@@ -56,6 +56,7 @@ class Case:
     micro_batch_size: samples computed at once; the first of these that fits into the device's memory is taken.
     warmup: steps that do not count, because something is still being compiled or allocated.
     steps: that count.
+    weights: ``fp32`` and computing in bf16, or ``bf16`` where float32 weights and states do not fit into memory.
     ours: variants of our side by name: parts of the configuration file and what they have beside the stock.
     skip: peers that cannot do this one, and why.
     """
@@ -67,6 +68,7 @@ class Case:
     warmup: int = 5
     steps: int = 10
     lr: float = 1e-3
+    weights: str = "fp32"
     ours: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     skip: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +80,13 @@ def _shape(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, 
 EAGER = {"executor": {"precision": "bf16", "compile": "none"}}
 COMPILED = {"executor": {"precision": "bf16", "compile": "blocks"}}
 CPU_OURS = {"ours": COMPILED, "ours, eager": EAGER}
+# Whole logits of a GPU's micro batch would take more memory than the model.
+CHUNKED = {**COMPILED, "loss": {"chunk_tokens": 8192}}
+BF16_WEIGHTS = {
+    "executor": {"precision": "bf16_weights", "compile": "blocks"}, "loss": {"chunk_tokens": 4096},
+    "optimizer": {"state_dtype": "bf16", "rounding": "stochastic"},
+}  # fmt: skip
+GPU_SKIP = {"hf, defaults": "fp32 on a GPU takes too long", "plain, eager": "compiled is its best"}
 
 CASES: Mapping[str, Case] = {
     # The quick start's model, batch and length.
@@ -86,4 +95,16 @@ CASES: Mapping[str, Case] = {
     "cpu-20m": Case("cpu", _shape(8192, 384, 1024, 8, 6, 512), 8, (8,), ours=CPU_OURS),
     # The preset llama-60m.
     "cpu-60m": Case("cpu", _shape(32_000, 512, 1376, 8, 8, 512), 4, (4,), steps=5, ours=CPU_OURS),
-}
+    "cuda-125m": Case("cuda", _shape(32_000, 768, 2048, 12, 12, 2048), 128, (64, 32, 16, 8), warmup=10, steps=40,
+                      ours={"ours": CHUNKED}),
+    "cuda-500m": Case("cuda", _shape(32_000, 1280, 3584, 20, 10, 2048), 128, (32, 16, 8, 4), warmup=10, steps=30,
+                      ours={"ours": CHUNKED}, skip=GPU_SKIP),
+    "cuda-1.5b": Case("cuda", _shape(32_000, 2048, 5632, 26, 16, 4096), 64, (8, 4, 2, 1), warmup=5, steps=15, lr=3e-4,
+                      ours={"ours": CHUNKED}, skip=GPU_SKIP),
+    # Llama 3 8B (arXiv:2407.21783) at half of its length. 16 bytes of float32 per parameter would not fit.
+    "cuda-8b": Case("cuda", _shape(128_256, 4096, 14_336, 32, 32, 4096, key_value_heads=8, rope_theta=500_000.0), 16,
+                    (2, 1), warmup=4, steps=8, lr=1e-4, weights="bf16", ours={
+                        "ours": BF16_WEIGHTS,
+                        "ours, int8 states": {**BF16_WEIGHTS, "optimizer": {"state_dtype": "int8"}},
+                    }, skip={**GPU_SKIP, "nanochat": "its value embeddings would add 2 billion parameters"}),
+}  # fmt: skip

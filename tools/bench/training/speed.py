@@ -155,7 +155,7 @@ def driven(
         "shape": dataclasses.asdict(case.shape), "device": case.device, "data": str(data), "lr": case.lr,
         "dtype": "<u2" if case.shape.vocab_size < tokens.SMALL_VOCABULARY else "<i4", "warmup": case.warmup,
         "steps": case.steps, "log_every": case.warmup, "samples_per_step": case.samples_per_step,
-        "micro_batch_size": micro_batch_size, **peer.spec,
+        "micro_batch_size": micro_batch_size, "weights": case.weights, **peer.spec,
     }))  # fmt: skip
     # What a compiler keeps is shared by the rounds of one trainer only, so that everyone's first round is cold.
     compiled = scratch / "".join(letter if letter.isalnum() else "-" for letter in name)

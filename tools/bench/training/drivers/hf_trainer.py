@@ -52,13 +52,16 @@ def main():
         rms_norm_eps=1e-5, tie_word_embeddings=False, use_cache=False,
         rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
     ))  # fmt: skip
+    pure = wanted["weights"] == "bf16"
+    if pure:
+        model.bfloat16()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=wanted["warmup"] + wanted["steps"], learning_rate=wanted["lr"],
             per_device_train_batch_size=wanted["micro_batch_size"],
             gradient_accumulation_steps=wanted["samples_per_step"] // wanted["micro_batch_size"],
             use_cpu=wanted["device"] == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
-            logging_first_step=True, logging_steps=wanted["log_every"], bf16=wanted["precision"] == "bf16",
+            logging_first_step=True, logging_steps=wanted["log_every"], bf16=wanted["precision"] == "bf16" and not pure,
             torch_compile=wanted["compile"], dataloader_pin_memory=wanted["device"] == "cuda",
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=Windows(wanted), callbacks=[Watch(clock)]).train()

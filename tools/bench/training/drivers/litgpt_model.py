@@ -1,4 +1,4 @@
-"""litgpt's model and its chunked cross entropy in the plain loop: SPEC."""
+"""litgpt's model and its chunked cross entropy, called as in its pretraining, in the plain loop: SPEC."""
 
 import torch
 from clock import parameters, spec
@@ -25,8 +25,7 @@ def main():
             torch.nn.init.normal_(value, std=0.02)
 
     def loss_of(running, tokens, targets):
-        # Unchunked, as its pretraining calls it.
-        return chunked_cross_entropy(running(tokens), targets, chunk_size=0)
+        return chunked_cross_entropy(running(tokens), targets)
 
     train(wanted, model, loss_of, parameters=parameters(model))
 

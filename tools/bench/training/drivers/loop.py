@@ -40,11 +40,13 @@ def train(spec, model, loss_of, optimizer=None, **more):
     """
     if spec["device"] == "cuda":
         torch.set_float32_matmul_precision("high")
+    if spec["weights"] == "bf16":
+        model.bfloat16()
     optimizer = optimizer or optimizer_of(model, spec["lr"])
     accumulation = spec["samples_per_step"] // spec["micro_batch_size"]
     running = torch.compile(model) if spec["compile"] else model
     autocast = contextlib.nullcontext
-    if spec["precision"] == "bf16":
+    if spec["precision"] == "bf16" and spec["weights"] == "fp32":
         autocast = lambda: torch.autocast(spec["device"], torch.bfloat16)  # noqa: E731
     data, clock = batches(spec), Clock(spec)
     clock.start()
