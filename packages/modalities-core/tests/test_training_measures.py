@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_parts import Collector, TinyBatches, TinyModel, TorchFiles, summed_cross_entropy
 
-from modalities_core.errors import ConfigError
+from modalities_core.errors import CheckpointError, ConfigError
 from modalities_core.events import StepLogged
 from modalities_core.sinks.jsonl import record
 from modalities_core.training.checkpointing import Checkpoints
@@ -112,13 +112,15 @@ def test_noise_scale_of_single_micro_batches_is_refused(tmp_path):
 
 
 class GrowingBatches(TinyBatches):
-    """Two samples in each of the first three steps, then eight."""
+    """Two samples in each of the first steps, then eight."""
 
-    micro_batch_size = 2
+    def __init__(self, until=3):
+        super().__init__(8, 2)
+        self.until = until
 
     def samples(self, step):
-        first = 2 * min(step, 3) + 8 * max(0, step - 3)
-        return range(first, first + (2 if step < 3 else 8))
+        first = 2 * min(step, self.until) + 8 * max(0, step - self.until)
+        return range(first, first + (2 if step < self.until else 8))
 
     def micro_batches(self, step):
         samples = self.samples(step)
@@ -127,8 +129,7 @@ class GrowingBatches(TinyBatches):
 
 def test_steps_of_any_size_count_what_they_took(tmp_path):
     executor = Plain(TinyModel(), summed_cross_entropy, Alone("cpu"))
-    batches = GrowingBatches(8, 2)
-    events = logged(tmp_path, executor, batches, steps=6, log_every=2)
+    events = logged(tmp_path, executor, GrowingBatches(), steps=6, log_every=2)
     assert [(event.step, event.samples, event.tokens) for event in events] == [
         (1, 2, 12),
         (2, 4, 24),
@@ -137,3 +138,22 @@ def test_steps_of_any_size_count_what_they_took(tmp_path):
     ]
     for event, steps, tokens in zip(events, (1, 1, 2, 2), (12, 12, 60, 96), strict=True):
         assert event.tokens_per_second == pytest.approx(tokens / steps / event.seconds["step"])
+
+
+def test_runs_with_growing_steps_resume_exactly_or_are_refused(tmp_path):
+    def run(folder, steps, batches):
+        executor = Plain(TinyModel(), summed_cross_entropy, Alone("cpu"))
+        parts = {"steps": steps, "log_every": 1, "checkpoints": Checkpoints(TorchFiles(), every=2)}
+        events = logged(tmp_path / folder, executor, batches, **parts)
+        return [(event.step, event.samples, event.loss) for event in events], list(executor.model.parameters())
+
+    whole, weights = run("whole", 7, GrowingBatches())
+    first, _ = run("broken", 2, GrowingBatches())
+    second, resumed = run("broken", 7, GrowingBatches())
+    assert first + second == whole
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed, weights, strict=True))
+    with pytest.raises(CheckpointError, match=r"begins step 8 with sample 32 where that ended before 38"):
+        run("broken", 9, GrowingBatches(4))
+    # A stage that begins where the run is now changes nothing of what it was.
+    assert run("grown", 2, TinyBatches(2, 2))[0][-1][1] == 4
+    assert [samples for _, samples, _ in run("grown", 5, GrowingBatches(2))[0]] == [12, 20, 28]

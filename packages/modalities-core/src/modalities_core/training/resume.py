@@ -15,6 +15,7 @@ from modalities_core.interfaces import Batches, Executor, World
 from modalities_core.progress import Progress
 from modalities_core.training.checkpointing import Checkpoints, expected_bytes, free_bytes
 from modalities_core.training.collective import on_first
+from modalities_core.training.consumption import samples_of
 from modalities_core.training.journal import STATUS
 from modalities_core.training.lineage import Shelf
 from modalities_core.training.manifest import Manifest
@@ -93,7 +94,9 @@ def find_start(trainer: Resumable, shelf: Shelf, config_hash: str, from_step: in
 
 
 def refuse_other_data(manifest: Manifest, batches: Batches, folder: Path) -> None:
-    """Refuse to go on with other samples than the checkpoint's run had, or with steps of another size.
+    """Refuse to go on with other samples than the checkpoint's run had, or with steps that would not join its own.
+
+    The size of steps may change where the ones before end alike, as when a stage is added to a batch-size warm-up.
 
     Raises:
         CheckpointError: saying what differs.
@@ -104,11 +107,17 @@ def refuse_other_data(manifest: Manifest, batches: Batches, folder: Path) -> Non
             hint="put back dataset, sequence length and data seed, or start afresh in another folder",
             about=batches,
         )
-    if manifest.samples_per_step != batches.samples_per_step:
+    left_out = manifest.state.get("non_finite", {}).get("left_out", 0)
+    first = samples_of(batches, manifest.step + left_out).start
+    # Manifests that do not tell are of runs with steps of one size.
+    ended = manifest.state.get("next_sample", (manifest.step + left_out) * manifest.samples_per_step)
+    if first != ended:
         raise CheckpointError(
             f"{folder} was trained with {manifest.samples_per_step} samples per step, this run has "
-            f"{batches.samples_per_step}: its steps would skip or repeat samples",
-            hint=f"set samples_per_step to {manifest.samples_per_step}, or start afresh in another folder",
+            f"{batches.samples_per_step}, and begins step {manifest.step + 1} with sample {first} where that ended "
+            f"before {ended}: it would skip or repeat samples",
+            hint=f"set samples_per_step to {manifest.samples_per_step} and its warm-up as it was, or start afresh in "
+            "another folder",
             about=(batches, "samples_per_step"),
         )
 

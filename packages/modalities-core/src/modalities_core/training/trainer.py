@@ -273,7 +273,8 @@ class Trainer:
         return start
 
     def _draft(self, run: Run, log: StepLog, progress: Progress, parent_step: int | None) -> Manifest:
-        state = {"log": log.state(), "non_finite": run.policy.state()}
+        following = samples_of(self.batches, progress.step + run.policy.left_out)
+        state = {"log": log.state(), "non_finite": run.policy.state(), "next_sample": following.start}
         own_state = getattr(self.executor, "state", None)
         if own_state is not None:
             state["executor"] = own_state()
