@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
-from modalities_core.training.optim.decision import Decision
+from modalities_core.training.optim.decision import Decision, multiply
 from modalities_core.training.optim.groups import NO_DECAY, ParameterGroup, arrange, check_ranges
 from modalities_core.training.optim.placement import row_axis
 from modalities_core.training.optim.shards import Rounding, ShardOptimizer, StateDtype, Work
@@ -134,23 +136,27 @@ def _update_by_foreach(group: dict[str, Any], work: Work, decision: Decision, de
     means, squares = (work.states[name] for name in MOMENTS)
     decision.apply(gradients)
     if decay and decoupled:
-        torch._foreach_mul_(parameters, 1 - lr * decay * keep)
+        multiply(parameters, 1 - lr * decay * keep)
     elif decay:
         torch._foreach_add_(gradients, parameters, alpha=decay)
     changes = torch._foreach_sub(gradients, means)
-    torch._foreach_mul_(changes, (1 - beta1) * keep)
+    multiply(changes, (1 - beta1) * keep)
     torch._foreach_add_(means, changes)
     torch._foreach_mul_(gradients, gradients)
     torch._foreach_sub_(gradients, squares)
-    torch._foreach_mul_(gradients, (1 - beta2) * keep)
+    multiply(gradients, (1 - beta2) * keep)
     torch._foreach_add_(squares, gradients)
-    # Steps that have not counted yet would divide zero by zero.
-    steps = [step.clamp(min=1) for step in work.steps]
-    roots = torch._foreach_sqrt(torch._foreach_div(squares, [1 - beta2**step for step in steps]))
+    roots = torch._foreach_sqrt(torch._foreach_div(squares, _corrections(work.steps, beta2)))
     torch._foreach_add_(roots, group["eps"])
-    updates = torch._foreach_div(torch._foreach_div(means, [1 - beta1**step for step in steps]), roots)
-    torch._foreach_mul_(updates, lr * keep)
+    updates = torch._foreach_div(torch._foreach_div(means, _corrections(work.steps, beta1)), roots)
+    multiply(updates, lr * keep)
     torch._foreach_sub_(parameters, updates)
+
+
+def _corrections(steps: Sequence[Tensor], beta: float) -> list[Tensor]:
+    """1 - beta^step, without the cancellation that the power in float32 has; of the first step before it."""
+    logarithm = math.log(beta) if beta else -math.inf
+    return [-torch.expm1(step.clamp(min=1) * logarithm) for step in steps]
 
 
 def refuse_int8_of_columns(component: Callable[..., object], groups: Sequence[dict[str, Any]]) -> None:

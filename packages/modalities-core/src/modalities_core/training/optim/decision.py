@@ -27,12 +27,28 @@ class Decision:
         """1 where the step counts and 0 where not; multiplied into every change."""
         return 1.0 if self.skip is None else 1.0 - self.skip
 
+    def count(self, steps: Sequence[Tensor]) -> None:
+        """Add a step that counts to scalar tensors, in place."""
+        if self.skip is None:
+            torch._foreach_add_(steps, 1.0)
+        else:
+            torch.ops.aten._foreach_add_.Tensor(steps, 1 - self.skip)
+
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """Divide gradients in place; those of a step that does not count become zero, NaN and infinity included."""
         if self.scale is not None:
-            torch._foreach_div_(gradients, self.scale)
+            torch.ops.aten._foreach_div_.Tensor(gradients, self.scale)
         if self.skip is None:
             return
         # A product with zero would keep NaN, one of the bits does not.
         bits = [gradient.view(_BITS[gradient.element_size()]) for gradient in gradients]
-        torch._foreach_mul_(bits, self.keep.to(bits[0].dtype))  # pyrefly: ignore[missing-attribute]
+        multiply(bits, (1 - self.skip).to(bits[0].dtype))
+
+
+def multiply(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply in place by a number, or by a scalar tensor without asking for its value."""
+    if isinstance(factor, Tensor):
+        # torch._foreach_mul_ would take a scalar tensor for a number, and wait for it.
+        torch.ops.aten._foreach_mul_.Tensor(tensors, factor)
+    else:
+        torch._foreach_mul_(tensors, factor)

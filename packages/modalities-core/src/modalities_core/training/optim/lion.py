@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from modalities_core.interfaces import Model
-from modalities_core.training.optim.decision import Decision
+from modalities_core.training.optim.decision import Decision, multiply
 from modalities_core.training.optim.groups import NO_DECAY, ParameterGroup, arrange, check_ranges
 from modalities_core.training.optim.shards import Rounding, ShardOptimizer, Work
 
@@ -61,10 +61,10 @@ class Lion(ShardOptimizer):
         decision.apply(gradients)
         directions = torch._foreach_lerp(gradients, momenta, beta1)
         torch._foreach_sign_(directions)
-        torch._foreach_mul_(directions, lr * keep)
+        multiply(directions, lr * keep)
         if decay:
-            torch._foreach_mul_(work.parameters, 1 - lr * decay * keep)
+            multiply(work.parameters, 1 - lr * decay * keep)
         torch._foreach_sub_(work.parameters, directions)
         torch._foreach_sub_(gradients, momenta)
-        torch._foreach_mul_(gradients, (1 - beta2) * keep)
+        multiply(gradients, (1 - beta2) * keep)
         torch._foreach_add_(momenta, gradients)

@@ -60,7 +60,8 @@ def _code(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         edges = torch.linspace(0.1, 1.0, 2 ** ((6 if signed else 7) - decade) + 1, dtype=torch.float64)
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0**-decade)
     values = torch.cat([*positive, torch.ones(1, dtype=torch.float64)])
-    least = torch.zeros(1, dtype=torch.float64) if signed else torch.tensor([1e-7], dtype=torch.float64)
-    values = torch.cat([values, least, -values[:-1]] if signed else [values, least]).sort().values.to(torch.float32)
+    # Room for 1 and for -1, so that the largest of a block stays what it is, leaves no smallest negative value.
+    more = [torch.zeros(1), -values.sort().values[1:]] if signed else [torch.tensor([1e-7])]
+    values = torch.cat([values, *more]).sort().values.to(torch.float32)
     assert values.numel() == 256
     return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)

@@ -9,7 +9,7 @@ import torch
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
-from modalities_core.training.optim.decision import Decision
+from modalities_core.training.optim.decision import Decision, multiply
 from modalities_core.training.optim.groups import NO_DECAY, ParameterGroup, arrange, check_ranges
 from modalities_core.training.optim.shards import Rounding, ShardOptimizer, Work
 
@@ -72,7 +72,9 @@ class SGD(ShardOptimizer):
             sums = work.states["momentum_buffer"]
             # momentum * sum + gradient, written as a change that can be multiplied by whether the step counts.
             added = torch._foreach_add(gradients, sums, alpha=momentum - 1)
-            torch._foreach_mul_(added, keep)
+            multiply(added, keep)
             torch._foreach_add_(sums, added)
             changes = torch._foreach_add(gradients, sums, alpha=momentum) if self._nesterov else sums
-        torch._foreach_sub_(work.parameters, torch._foreach_mul(changes, group["lr"] * keep))
+        moves = torch._foreach_mul(changes, 1.0)
+        multiply(moves, group["lr"] * keep)
+        torch._foreach_sub_(work.parameters, moves)

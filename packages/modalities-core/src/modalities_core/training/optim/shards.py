@@ -116,7 +116,7 @@ class ShardOptimizer(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = self._new_state(parameter)
         steps = [self.state[parameter]["step"] for parameter in parameters]
-        torch._foreach_add_(steps, decision.keep)
+        decision.count(steps)
         keys: Sequence[Tensor | None] = [None] * len(parameters)
         if self.rounding == "stochastic" and self._stores_bf16(parameters):
             keys = rounding.keys(steps, self._salts_of(parameters))
