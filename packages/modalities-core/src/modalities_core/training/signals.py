@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
 from modalities_core.errors import Interrupted, ModalitiesError, Preempted
-from modalities_core.interfaces import World
 
 PREEMPTING = ("SIGTERM", "SIGUSR1")
 INTERRUPTING = ("SIGINT",)
@@ -64,11 +61,6 @@ def stop_state(flags: Sequence[float]) -> str:
     """``interrupted``, ``preempted`` or empty, from the sum of all ranks' flags; the user's wish comes first."""
     preempted, interrupted = flags
     return "interrupted" if interrupted else "preempted" if preempted else ""
-
-
-def agree_to_stop(world: World, signals: StopSignals) -> str:
-    """What :func:`stop_state` gives for all ranks together; collective, for long stretches without a step."""
-    return stop_state(world.sum(torch.tensor(signals.flags(), device=world.device)).tolist())
 
 
 def stop_error(stop: str, step: int, steps: int, saved: bool) -> ModalitiesError:

@@ -30,9 +30,10 @@ from modalities_core.training.noise_scale import NoiseScale, check_noise_scale
 from modalities_core.training.non_finite import NonFinite, Policy, RollBack, check_policy
 from modalities_core.training.optim import learning_rates, set_learning_rates
 from modalities_core.training.parameters import as_module, on_meta
+from modalities_core.training.polling import StopPoll
 from modalities_core.training.resume import CHECKPOINTS, Start, find_start, set_run_aside
 from modalities_core.training.seeds import seed_generators, step_seed
-from modalities_core.training.signals import StopSignals, agree_to_stop, stop_error
+from modalities_core.training.signals import StopSignals, stop_error
 from modalities_core.training.steplog import StepLog, StepTaken
 from modalities_core.training.totals import totals_from
 from modalities_core.training.update import Update
@@ -209,7 +210,7 @@ class Trainer:
         judge.restore(policy.errors_in_row, policy.overflows_in_row)
         update = Update(optimizer, module, world, scaler)
         ledger: Ledger[partial[StepTaken]] = Ledger(world.device)
-        stopping = partial(agree_to_stop, world, run.signals)
+        stopping = StopPoll(world, run.signals)
         evaluate = partial(evaluate_due, executor=executor, world=world, journal=run.journal, stopping=stopping)
         progress = start.progress
         optimizer.zero_grad(set_to_none=True)
