@@ -196,7 +196,7 @@ def test_sinks_that_raise_are_one_warning(tmp_path):
 
 
 def test_unwritable_status_is_a_warning(tmp_path, monkeypatch):
-    def refuse(path, value):
+    def refuse(path, value, durable):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("modalities_core.training.journal.write_json", refuse)

@@ -15,6 +15,8 @@ from modalities_core.interfaces import Sink, World
 from modalities_core.sinks.fanout import Fanout
 
 STATUS = "status.json"
+STATUS_SECONDS = 1.0
+"""Least time between two notes that the run goes on: a disk can take longer for one than a step does."""
 
 
 class Journal:
@@ -34,15 +36,23 @@ class Journal:
         self._sinks = Fanout(sinks if self._first else ())
         self._steps = steps
         self._warned = False
+        self._state = ""
+        self._noted = 0.0
 
     def emit(self, event: Event) -> None:
         """Hand an event to every sink; never raises."""
         self._sinks.consume(event)
 
     def status(self, state: str, reason: str = "") -> None:
-        """Replace ``status.json``; a disk that refuses is worth one warning, not the run."""
-        if not self._first:
+        """Replace ``status.json``; a disk that refuses is worth one warning, not the run.
+
+        The same state again is noted once a second, without waiting for the disk.
+        """
+        now = time.monotonic()
+        if not self._first or (state == self._state and now < self._noted + STATUS_SECONDS):
             return
+        durable = state != self._state
+        self._state, self._noted = state, now
         record = {
             "state": state,
             "step": self.step,
@@ -54,7 +64,7 @@ class Journal:
         }
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._folder / STATUS, record)
+            write_json(self._folder / STATUS, record, durable)
         except OSError as error:
             if not self._warned:
                 self._warned = True
