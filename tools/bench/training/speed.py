@@ -173,8 +173,8 @@ def report(result: dict, cases: dict[str, Case], options: argparse.Namespace) ->
         "# Training: tokens per second", "",
         f"Each trainer in turn in {options.rounds} round(s), {options.cores} cores. A ratio is our tokens per second "
         "over the peer's within one round, so above 1 we are faster. MFU is by the peer's own FLOPs (PaLM's "
-        "convention; causal counts half of the attention) over bf16 matrix products measured in the same round. The "
-        "first step, compilation included, is that of the first round.", "",
+        "convention; causal counts half of the attention) over the peak of the data sheet or, on a CPU, of the fastest "
+        "bf16 matrix products of all rounds. The first step, compilation included, is that of the first round.", "",
     ]  # fmt: skip
     for name, measured in result["models"].items():
         lines += summary.report(name, cases[name], measured)

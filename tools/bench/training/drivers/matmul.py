@@ -29,7 +29,12 @@ def best(size, device):
 def main():
     device = spec()["device"]
     rates = {size: best(size, device) for size in SIZES[device]}
-    print(json.dumps({"flops": max(rates.values()), "sizes": rates, "threads": torch.get_num_threads()}))
+    told = {"flops": max(rates.values()), "sizes": rates, "threads": torch.get_num_threads(), "sheet": None}
+    if device == "cuda":
+        from modalities_core.training.peak import dense_peak
+
+        told |= {"name": torch.cuda.get_device_name(), "sheet": dense_peak(torch.cuda.get_device_name())}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
