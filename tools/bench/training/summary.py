@@ -83,7 +83,8 @@ def report(name: str, case: Case, result: Mapping) -> list[str]:
             f"{max(entry['device_bytes'], 0) / 1e9 or entry['peak_rss'] / 1e9:.2f}",
         ])  # fmt: skip
     headings = [
-        "trainer", "tokens/s", "step ms", "MFU", "causal MFU", "of products", "ours is", "all rounds", "first step s", "peak GB"
+        "trainer", "tokens/s", "step ms", "MFU", "causal MFU", "of products", "ours is", "all rounds", "first step s",
+        "peak GB",
     ]  # fmt: skip
     measured, sheet = peaks(result["rounds"])
     peak = f"bf16 matrix products reach {measured / 1e9:,.0f} GFLOP/s beside"
