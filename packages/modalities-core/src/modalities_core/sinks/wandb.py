@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,6 +25,7 @@ from modalities_core.sinks.settings import has_secret, settings
 
 OLDEST = (0, 31)
 STEP = "step"
+LEAST_ROOM = 1 << 20
 EXIT_CODES = {"done": 0, "interrupted": 255}
 _log = logging.getLogger("modalities")
 
@@ -94,6 +97,7 @@ class WandbRun:
         elif isinstance(event, RunEnded):
             self._end(event.state)
         elif self._run is not None and (values := _values(event)):
+            _check_room(self._run.settings.sync_dir)
             # Not W&B's own step, which refuses to go back when a run is resumed from a checkpoint.
             self._run.log({STEP: getattr(event, STEP, 0), **values})
 
@@ -142,7 +146,12 @@ class WandbRun:
             return
         if state == "preempted":
             run.mark_preempting()
+        record = Path(run.settings.sync_file)
+        before = _size(record)
         run.finish(exit_code=EXIT_CODES.get(state, 1))
+        if _size(record) <= before:
+            # Its service does not tell.
+            raise Degraded(f"Weights & Biases could not write the end of {record}: is the disk full?")
         if getattr(run, "_finish_timed_out", False):
             raise Degraded(f"Weights & Biases has not taken all of the run; later: wandb sync {run.settings.sync_dir}")
 
@@ -157,6 +166,16 @@ def run_id(folder: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"id": number})
     return number
+
+
+def _check_room(folder: str) -> None:
+    """Refuse to hand on what would be lost: the service behind wandb does not tell of a full disk."""
+    if shutil.disk_usage(folder).free < LEAST_ROOM:
+        raise OSError(errno.ENOSPC, "no room left on the disk", folder)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _values(event: Event) -> dict[str, Any]:
