@@ -38,16 +38,18 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
 
 def summary(trainer: Trainer) -> dict[str, str]:
     """What a run would be, in numbers."""
-    from modalities_core.progress import tokens_for_steps
+    from modalities_core.training.consumption import samples_of
     from modalities_core.training.parameters import parameter_count
 
     model, batches = trainer.executor.model, trainer.batches
     length = batches.sequence_length
+    first = len(samples_of(batches, 0))
+    growing = "" if first == batches.samples_per_step else f", {first} x {length} at first"
     return {
         "parameters": f"{parameter_count(model):,}",
         "FLOPs per token": f"{model.flops_per_token(length):.3g}",
-        "tokens per step": f"{batches.samples_per_step * length:,} ({batches.samples_per_step} x {length})",
+        "tokens per step": f"{batches.samples_per_step * length:,} ({batches.samples_per_step} x {length}{growing})",
         "steps": f"{trainer.steps:,}",
-        "tokens": f"{tokens_for_steps(trainer.steps, batches.samples_per_step, length):,}",
+        "tokens": f"{samples_of(batches, trainer.steps).start * length:,}",
         "data": batches.fingerprint,
     }
