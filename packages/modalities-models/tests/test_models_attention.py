@@ -13,7 +13,7 @@ from modalities_models.nn import chunked_attention as chunked_module
 from modalities_models.nn.attention_implementations import attend, choose
 from modalities_models.nn.attention_jobs import Job, Scores
 from modalities_models.nn.attention_torch import CHUNKED, PLAIN, SDPA
-from modalities_models.nn.chunked_attention import chunked_attention, chunks
+from modalities_models.nn.chunked_attention import chunk_size, chunked_attention, chunks
 from modalities_models.nn.masks import causal, everything
 
 IMPLEMENTATIONS = {"chunks": CHUNKED, "sdpa": SDPA, "plain": PLAIN}
@@ -131,7 +131,7 @@ def test_weights_made_again_are_those_that_were_kept(softcap, monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 64, 100, 5000])
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 256, 513, 1000, 1024, 4096])
 def test_chunks_cover_the_sequence_once(length, window):
-    parts = chunks(length, window)
+    parts = chunks(length, window, chunk_size(length, window))
     assert [index for start, end, _ in parts for index in range(start, end)] == list(range(length))
     assert all(first == max(0, start - (window or length) + 1) for start, _, first in parts)
     assert len(parts) <= (8 if window is None else max(8, -(-length // 64)))

@@ -11,13 +11,14 @@ C queries of a chunk, Q = R * C, S keys the chunk meets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-SMALLEST_CHUNK = 64
+SMALLEST_CHUNK = 128
+SMALLEST_WINDOWED_CHUNK = 64
 MOST_CHUNKS = 8
 MOST_KEPT = 640
 """Attention weights per query and head that are kept for the backward pass, 2.5 kB in float32."""
@@ -31,11 +32,14 @@ class Chunk(NamedTuple):
     first: int
 
 
-def chunks(length: int, window: int | None = None) -> list[Chunk]:
-    """The chunks of a sequence, in order; with a window no longer than it, so that they meet twice their size."""
+def chunk_size(length: int, window: int | None = None) -> int:
+    """Queries of a chunk; with a window no more than it, so that they meet at most twice as many keys."""
     size = max(SMALLEST_CHUNK, -(-length // MOST_CHUNKS))
-    if window is not None:
-        size = max(SMALLEST_CHUNK, min(size, window))
+    return size if window is None else max(SMALLEST_WINDOWED_CHUNK, min(size, window))
+
+
+def chunks(length: int, window: int | None, size: int) -> list[Chunk]:
+    """The chunks of a sequence, in order, the last perhaps smaller."""
     starts = range(0, length, size)
     return [
         Chunk(start, min(start + size, length), 0 if window is None else max(0, start - window + 1)) for start in starts
@@ -44,7 +48,8 @@ def chunks(length: int, window: int | None = None) -> list[Chunk]:
 
 def weights_per_query(length: int, window: int | None = None) -> int:
     """Attention weights made for each query and head, rounded down."""
-    return sum((end - start) * (end - first) for start, end, first in chunks(length, window)) // length
+    parts = chunks(length, window, chunk_size(length, window))
+    return sum((end - start) * (end - first) for start, end, first in parts) // length
 
 
 def chunked_attention(
@@ -71,11 +76,15 @@ def chunked_attention(
     Returns:
         (B, heads, T, F), contiguous.
     """
-    query_BKRTF = query_BHTF.unflatten(1, (key_BKTF.shape[1], -1))
     scale = query_BHTF.shape[-1] ** -0.5 if scale is None else scale
+    scaled_BKRTF = (query_BHTF * scale).unflatten(1, (key_BKTF.shape[1], -1)).contiguous()
+    size = chunk_size(query_BHTF.shape[2], window)
     needed = query_BHTF.requires_grad or key_BKTF.requires_grad or value_BKTF.requires_grad
     keep = needed and weights_per_query(query_BHTF.shape[2], window) <= MOST_KEPT
-    return _ChunkedAttention.apply(query_BKRTF, key_BKTF, value_BKTF, hidden_BTT, window, scale, softcap, keep)
+    mixed_BKRTF, _ = _attention(
+        scaled_BKRTF, key_BKTF.contiguous(), value_BKTF.contiguous(), hidden_BTT, window, softcap, size, keep
+    )
+    return mixed_BKRTF.flatten(1, 2)
 
 
 def _weights(
@@ -114,62 +123,112 @@ def _hide(scores_BKRCS: Tensor, chunk: Chunk, window: int | None) -> None:
         scores_BKRCS[..., :columns].masked_fill_(before, float("-inf"))
 
 
-class _ChunkedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden: Tensor | None,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-        keep: bool,
-    ) -> Tensor:
-        scaled, key, value = query.contiguous() * scale, key.contiguous(), value.contiguous()
-        mixed = torch.empty_like(scaled)
-        kept = []
-        for chunk in chunks(query.shape[3], window):
-            start, end, first = chunk
-            weights_BKQS, tanh_BKQS = _weights(scaled, key, hidden, chunk, window, softcap)
-            mixed[:, :, :, start:end] = (weights_BKQS @ value[:, :, first:end]).unflatten(2, (-1, end - start))
-            if keep:
-                kept += [weights_BKQS] if tanh_BKQS is None else [weights_BKQS, tanh_BKQS]
-        ctx.save_for_backward(scaled, key, value, hidden, *kept)
-        ctx.window, ctx.scale, ctx.softcap = window, scale, softcap
-        return mixed.flatten(1, 2)
+# Operators of their own, which compilers leave alone: taken apart, a chunk's part of a gradient became a pass over all
+# of it, and a block took as long compiled as not. The size of the chunks is an argument because compilers, which keep
+# their work between runs, tell graphs apart by the arguments in them.
+@torch.library.custom_op("modalities::chunked_attention", mutates_args=(), device_types="cpu")
+def _attention(
+    scaled: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    size: int,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """What attention mixes, (B, K, R, T, F), and what is kept of each chunk; the first three are contiguous."""
+    mixed = torch.empty_like(scaled)
+    kept = []
+    for chunk in chunks(scaled.shape[3], window, size):
+        start, end, first = chunk
+        weights_BKQS, tanh_BKQS = _weights(scaled, key, hidden, chunk, window, softcap)
+        mixed[:, :, :, start:end] = (weights_BKQS @ value[:, :, first:end]).unflatten(2, (-1, end - start))
+        if keep:
+            kept += [weights_BKQS] if tanh_BKQS is None else [weights_BKQS, tanh_BKQS]
+    return mixed, kept
 
-    @staticmethod
-    @once_differentiable  # hides the parameter names from type checkers
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        scaled, key, value, hidden, *kept = ctx.saved_tensors
-        gradient = grad_outputs[0].unflatten(1, (key.shape[1], -1)).contiguous()
-        query_gradient = torch.empty_like(scaled)
-        # Summed over chunks in float32, so that more chunks do not mean more rounding.
-        key_gradient = torch.zeros_like(key, dtype=torch.promote_types(key.dtype, torch.float32))
-        value_gradient = torch.zeros_like(key_gradient)
-        for number, chunk in enumerate(chunks(scaled.shape[3], ctx.window)):
-            start, end, first = chunk
-            if not kept:
-                weights_BKQS, tanh_BKQS = _weights(scaled, key, hidden, chunk, ctx.window, ctx.softcap)
-            elif ctx.softcap is None:
-                weights_BKQS, tanh_BKQS = kept[number], None
-            else:
-                weights_BKQS, tanh_BKQS = kept[2 * number : 2 * number + 2]
-            chunk_BKQF = gradient[:, :, :, start:end].flatten(2, 3)
-            value_gradient[:, :, first:end] += weights_BKQS.transpose(-1, -2) @ chunk_BKQF
-            weights_gradient = chunk_BKQF @ value[:, :, first:end].transpose(-1, -2)
-            scores_gradient = torch.ops.aten._softmax_backward_data(
-                weights_gradient, weights_BKQS, -1, weights_BKQS.dtype
-            )
-            if tanh_BKQS is not None:
-                scores_gradient = scores_gradient * (1 - tanh_BKQS.square())
-            query_gradient[:, :, :, start:end] = (scores_gradient @ key[:, :, first:end]).unflatten(
-                2, (-1, end - start)
-            )
-            key_gradient[:, :, first:end] += scores_gradient.transpose(-1, -2) @ scaled[:, :, :, start:end].flatten(
-                2, 3
-            )
-        query_gradient.mul_(ctx.scale)
-        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), None, None, None, None, None
+
+@_attention.register_fake
+def _(
+    scaled: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    size: int,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    batch, heads, groups, length, _ = scaled.shape
+    each = 0 if not keep else 1 if softcap is None else 2
+    return torch.empty_like(scaled), [
+        scaled.new_empty(batch, heads, groups * (end - start), end - first)
+        for start, end, first in chunks(length, window, size)
+        for _ in range(each)
+    ]
+
+
+@torch.library.custom_op("modalities::chunked_attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    gradient: Tensor,
+    scaled: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    kept: Sequence[Tensor],
+    window: int | None,
+    softcap: float | None,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``scaled``, ``key`` and ``value`` by that of what was mixed."""
+    gradient, scaled_gradient = gradient.contiguous(), torch.empty_like(scaled)
+    # Summed over chunks in float32, so that more chunks do not mean more rounding.
+    key_gradient = torch.zeros_like(key, dtype=torch.promote_types(key.dtype, torch.float32))
+    value_gradient = torch.zeros_like(key_gradient)
+    for number, chunk in enumerate(chunks(scaled.shape[3], window, size)):
+        start, end, first = chunk
+        if not kept:
+            weights_BKQS, tanh_BKQS = _weights(scaled, key, hidden, chunk, window, softcap)
+        elif softcap is None:
+            weights_BKQS, tanh_BKQS = kept[number], None
+        else:
+            weights_BKQS, tanh_BKQS = kept[2 * number], kept[2 * number + 1]
+        chunk_BKQF = gradient[:, :, :, start:end].flatten(2, 3)
+        value_gradient[:, :, first:end] += weights_BKQS.transpose(-1, -2) @ chunk_BKQF
+        weights_gradient = chunk_BKQF @ value[:, :, first:end].transpose(-1, -2)
+        scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights_BKQS, -1, weights_BKQS.dtype)
+        if tanh_BKQS is not None:
+            scores_gradient = scores_gradient * (1 - tanh_BKQS.square())
+        scaled_gradient[:, :, :, start:end] = (scores_gradient @ key[:, :, first:end]).unflatten(2, (-1, end - start))
+        key_gradient[:, :, first:end] += scores_gradient.transpose(-1, -2) @ scaled[:, :, :, start:end].flatten(2, 3)
+    return scaled_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
+
+
+@_attention_backward.register_fake
+def _(
+    gradient: Tensor,
+    scaled: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    kept: Sequence[Tensor],
+    window: int | None,
+    softcap: float | None,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(scaled), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    scaled, key, value, hidden, ctx.window, ctx.softcap, ctx.size, _ = inputs
+    ctx.save_for_backward(scaled, key, value, hidden, *output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    scaled, key, value, hidden, *kept = ctx.saved_tensors
+    gradients = _attention_backward(gradient, scaled, key, value, hidden, kept, ctx.window, ctx.softcap, ctx.size)
+    return *gradients, None, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)

@@ -58,6 +58,6 @@ def rotation(
 def rotate(heads_BTHF: Tensor, rotation: Rotation) -> Tensor:
     """Turn every head by its token's angle; same shape and dtype."""
     cos, sin = rotation.cos_T1F.to(heads_BTHF.dtype), rotation.sin_T1F.to(heads_BTHF.dtype)
-    # Rolled by half a head, each element lies where its partner was.
-    partners_BTHF = heads_BTHF.roll(heads_BTHF.shape[-1] // 2, -1)
+    # Its halves swapped as rows of two, which unlike a roll of the whole is also read in order where it is compiled.
+    partners_BTHF = heads_BTHF.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(heads_BTHF * cos, partners_BTHF, sin)
