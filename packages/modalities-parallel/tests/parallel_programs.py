@@ -15,6 +15,7 @@ from parallel_small_model import LOSSES, SAMPLES, SmallModel, batch
 from torch.distributed.tensor import DTensor
 
 from modalities_core.errors import ModalitiesError
+from modalities_core.training.executor import Plain
 from modalities_parallel.checkpoint.sharded import Sharded
 from modalities_parallel.fsdp import fsdp2
 from modalities_parallel.world import auto
@@ -58,6 +59,11 @@ class Training:
         self.model.train()
         total, tokens = self.world.sum(torch.stack(result)).tolist()
         return total / tokens
+
+
+def part(tensor):
+    """This rank's values."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor):
@@ -173,6 +179,48 @@ def save_refused(folder):
     del training
     world.close()
     return refusal
+
+
+def execute(precision="fp32", param_dtype="bf16", compile="none", steps=3, accumulation=2, tie="none", scale=0.0):
+    """Losses, squared norms and the state of the executor on a sharded small model; gradients of the first step."""
+    world = auto(timeout_seconds=60)
+    model = fsdp2(functools.partial(SmallModel, tie), world, param_dtype=param_dtype)
+    executor = Plain(model, LOSSES["weighted"], world, precision=precision, compile=compile)
+    if scale:
+        executor.restore({"scaler": {"scale": scale, "good_steps": 0, "started": True}})
+    names = list(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    losses, norms, first, scales, overflows = [], [], None, [], 0
+    share = SAMPLES // world.data_size
+    size = share // accumulation
+    for step in range(steps):
+        starts = range(world.data_rank * share, (world.data_rank + 1) * share, size)
+        sums = executor.forward_backward([batch(step, start, size) for start in starts])
+        scaling = torch.ones(()) if executor.scaler is None else executor.scaler.scale.clone()
+        squares = torch.stack([part(value.grad / scaling).square().sum() for value in model.parameters()]).sum()
+        total, tokens, squared = world.sum(torch.stack([sums.loss, sums.tokens, squares])).tolist()
+        if first is None:
+            first = [whole(value.grad.float() / scaling).tolist() for value in model.parameters()]
+        overflow = not np.isfinite(squared)
+        for value in model.parameters():
+            value.grad /= scaling * tokens
+        if not overflow:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if executor.scaler is not None:
+            executor.scaler.update(torch.tensor(overflow))
+        losses.append(total / tokens)
+        norms.append(squared)
+        scales.append(scaling.item())
+        overflows += overflow
+    evaluated = world.sum(torch.stack(executor.evaluate(batch(9, world.data_rank * share, share)))).tolist()
+    same_names = list(model.state_dict()) == names
+    dtypes = sorted({str(value.dtype) for value in model.parameters()})
+    result = {"losses": losses, "norms": norms, "scales": scales, "overflows": overflows, "evaluated": evaluated[0]}
+    result |= {"gradients": first, "names": same_names, "dtypes": dtypes, "precision": executor.precision}
+    del model, executor, optimizer, value
+    world.close()
+    return result
 
 
 def talk():

@@ -5,9 +5,9 @@ from parallel_small_model import SmallModel
 from torch import nn
 
 from modalities_core.errors import ConfigError
+from modalities_core.training.plan import matching
 from modalities_parallel.environment import launch
 from modalities_parallel.mesh import degrees
-from modalities_core.training.plan import matching
 from modalities_parallel.world import auto
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
