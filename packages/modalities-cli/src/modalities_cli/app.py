@@ -12,6 +12,7 @@ COMMANDS = {
     "quickstart": "modalities_cli.quickstart:quickstart",
     "run": "modalities_cli.run:run",
     "check": "modalities_cli.check:check",
+    "profile": "modalities_cli.profile:profile",
     "generate": "modalities_cli.generate:generate",
     "chat": "modalities_cli.chat:chat",
     "eval": "modalities_cli.evaluate:evaluate",
