@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
+# A thousand take a few hundredths longer, and 1.8 times the memory.
 DOCUMENTS = 100
 
 

@@ -105,7 +105,7 @@ def pack(
     if empty := sum(not file.bytes and file.format != "text" for file in files):
         log.warning("%d of %d inputs are empty", empty, len(files))
     # The engine is settled here, on the first documents, so that all workers and all parts use the same.
-    tokenizer.encode_flat(_first_documents(units[0], key))
+    getattr(tokenizer, "settle", tokenizer.encode_flat)(_first_documents(units[0], key))
     if verify_every is not None:
         reference_engine(tokenizer)
     started = monotonic()

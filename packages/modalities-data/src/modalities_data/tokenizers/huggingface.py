@@ -97,10 +97,14 @@ class HuggingFaceTokenizer:
 
     def encode_flat(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all documents back to back, uint32, and (documents + 1,) int64 offsets."""
+        self.settle(documents)
+        return self._engine.encode_flat(documents)
+
+    def settle(self, documents: Sequence[str]) -> None:
+        """Compare the engine with the reference on the first of ``documents``, where that is still to be done."""
         if self._unproven and documents:
             self._unproven = False
             self._engine = self._proven(self._engine, parity.leading_documents(documents), "of the first documents")
-        return self._engine.encode_flat(documents)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without special tokens; bytes that are not UTF-8 become replacement characters.
