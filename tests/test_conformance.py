@@ -100,6 +100,8 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
         "{component: schedule.warmup_cosine, warmup_steps: 2, steps: 10}",
         interfaces.Schedule,
     ),
+    "schedule.exponential": ("{component: schedule.exponential, warmup_steps: 2, steps: 10}", interfaces.Schedule),
+    "schedule.inverse_sqrt": ("{component: schedule.inverse_sqrt, warmup_steps: 2}", interfaces.Schedule),
     "schedule.wsd": (
         "{component: schedule.wsd, warmup_steps: 2, decay_steps: 2, steps: 10}",
         interfaces.Schedule,

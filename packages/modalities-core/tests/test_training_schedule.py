@@ -8,7 +8,16 @@ from torch.optim import lr_scheduler
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Schedule
-from modalities_core.training.schedule import Constant, Linear, OneCycle, Step, WarmupCosine, WarmupStableDecay
+from modalities_core.training.schedule import (
+    Constant,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    OneCycle,
+    Step,
+    WarmupCosine,
+    WarmupStableDecay,
+)
 
 PEAK = 0.5
 
@@ -86,6 +95,21 @@ def test_one_cycle_is_torchs(shape, strategy, steps, warmup):
     assert schedule(steps + 50) == schedule(steps - 1)
 
 
+def test_exponential_decay_is_torchs_exponential_lr():
+    rates = torch_rates(lambda optimizer: lr_scheduler.ExponentialLR(optimizer, gamma=0.25 ** (1 / 20)), 20)
+    assert ours(Exponential(0, 20, 0.25), 20) == pytest.approx(rates, rel=1e-9)
+    assert ours(Exponential(5, 25, 0.25), 25)[5:] == pytest.approx(rates, rel=1e-9)
+    assert ours(WarmupStableDecay(3, 20, 30, 0.25, "exponential"), 30)[10:] == pytest.approx(rates, rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [1, 4, 13])
+def test_inverse_square_root_is_that_of_the_transformer(warmup):
+    # "Attention is all you need", equation 3, over its largest value; its first step is 1.
+    rates = [min(step**-0.5, step * warmup**-1.5) / warmup**-0.5 for step in range(1, 60)]
+    assert ours(InverseSqrt(warmup), 59) == pytest.approx(rates, rel=1e-12)
+    assert InverseSqrt(warmup)(4 * warmup - 1) == pytest.approx(0.5)
+
+
 def test_square_root_decay_by_its_formula():
     schedule = WarmupStableDecay(2, 4, 10, final=0.2, shape="sqrt")
     assert ours(schedule, 11) == pytest.approx(
@@ -94,7 +118,15 @@ def test_square_root_decay_by_its_formula():
 
 
 @pytest.mark.parametrize(
-    "schedule", [Linear(3, 10, 0.1), WarmupCosine(3, 10, 0.1), WarmupStableDecay(3, 4, 10, 0.1), Linear(10, 10, 0.1)]
+    "schedule",
+    [
+        Linear(3, 10, 0.1),
+        WarmupCosine(3, 10, 0.1),
+        WarmupStableDecay(3, 4, 10, 0.1),
+        Linear(10, 10, 0.1),
+        Exponential(3, 10, 0.1),
+        WarmupStableDecay(3, 4, 10, 0.1, "exponential"),
+    ],
 )
 def test_after_the_end_it_stays_at_the_final_factor(schedule):
     assert [schedule(step) for step in (10, 11, 1000)] == pytest.approx([0.1] * 3)
@@ -113,6 +145,10 @@ def test_after_the_end_it_stays_at_the_final_factor(schedule):
         lambda: WarmupCosine(0, 0),
         lambda: WarmupCosine(0, 10, 1.5),
         lambda: WarmupCosine(0, 10, math.nan),
+        lambda: WarmupStableDecay(0, 5, 10, shape="exponential"),
+        lambda: Exponential(0, 10, final=0.0),
+        lambda: Exponential(11, 10),
+        lambda: InverseSqrt(0),
         lambda: Constant(-1),
         lambda: Step(0),
         lambda: Step(1, gamma=0),

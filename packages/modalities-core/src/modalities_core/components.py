@@ -11,6 +11,8 @@ COMPONENTS: dict[str, str] = {
     "schedule.constant": "modalities_core.training.schedule:Constant",
     "schedule.linear": "modalities_core.training.schedule:Linear",
     "schedule.warmup_cosine": "modalities_core.training.schedule:WarmupCosine",
+    "schedule.exponential": "modalities_core.training.schedule:Exponential",
+    "schedule.inverse_sqrt": "modalities_core.training.schedule:InverseSqrt",
     "schedule.wsd": "modalities_core.training.schedule:WarmupStableDecay",
     "schedule.step": "modalities_core.training.schedule:Step",
     "schedule.one_cycle": "modalities_core.training.schedule:OneCycle",

@@ -86,6 +86,54 @@ class WarmupCosine:
 
 
 @dataclass(frozen=True)
+class Exponential:
+    """Linear warmup, then down to ``final`` by the same factor in every step.
+
+    Args:
+        warmup_steps: steps until the peak.
+        steps: all steps, warmup included.
+        final: factor on the peak at the end, above 0.
+    """
+
+    warmup_steps: int
+    steps: int
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        _check_warmup(self, self.warmup_steps, self.steps)
+        _fraction(self, "final")
+        _above_zero(self)
+
+    def __call__(self, step: int) -> float:
+        """The factor for the zero-based ``step``."""
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps)
+        return self.final ** _progress(step, self.warmup_steps, self.steps)
+
+
+@dataclass(frozen=True)
+class InverseSqrt:
+    """Linear warmup, then one over the square root of the step (Vaswani et al., arXiv:1706.03762, section 5.3).
+
+    It needs no number of steps, so a run can go on for as long as it likes.
+
+    Args:
+        warmup_steps: steps until the peak, at least 1; after four times as many the factor is a half.
+    """
+
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        _at_least(self, "warmup_steps", 1)
+
+    def __call__(self, step: int) -> float:
+        """The factor for the zero-based ``step``."""
+        return min(_warmup(step, self.warmup_steps), math.sqrt(self.warmup_steps / (step + 1)))
+
+
+@dataclass(frozen=True)
 class WarmupStableDecay:
     """Linear warmup, the peak for most of the run, a decay at its end (Hu et al., arXiv:2404.06395).
 
@@ -94,14 +142,15 @@ class WarmupStableDecay:
         decay_steps: steps from the peak to ``final``, the last ones.
         steps: all steps, warmup and decay included.
         final: factor on the peak at the end.
-        shape: of the decay; ``sqrt`` is one minus the square root (Haegele et al., arXiv:2405.18392).
+        shape: of the decay; ``sqrt`` is one minus the square root (Haegele et al., arXiv:2405.18392); ``exponential``,
+            the same factor in every step, is that of the paper and needs a ``final`` above 0.
     """
 
     warmup_steps: int
     decay_steps: int
     steps: int
     final: float = 0.0
-    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    shape: Literal["linear", "cosine", "sqrt", "exponential"] = "linear"
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -112,8 +161,11 @@ class WarmupStableDecay:
             total = f"{self.warmup_steps} + {self.decay_steps} = {self.warmup_steps + self.decay_steps}"
             message = f"warmup_steps and decay_steps take {total} steps, but the schedule has {self.steps}"
             raise ConfigError(message, about=(self, "decay_steps"))
-        if self.shape not in ("linear", "cosine", "sqrt"):
-            raise ConfigError(f"shape is linear, cosine or sqrt, not {self.shape!r}", about=(self, "shape"))
+        if self.shape not in ("linear", "cosine", "sqrt", "exponential"):
+            message = f"shape is linear, cosine, sqrt or exponential, not {self.shape!r}"
+            raise ConfigError(message, about=(self, "shape"))
+        if self.shape == "exponential":
+            _above_zero(self)
 
     def __call__(self, step: int) -> float:
         """The factor for the zero-based ``step``."""
@@ -122,6 +174,8 @@ class WarmupStableDecay:
         progress = _progress(step, self.steps - self.decay_steps, self.steps)
         if self.shape == "cosine":
             return _cosine(1.0, self.final, progress)
+        if self.shape == "exponential":
+            return self.final**progress
         return 1 - (1 - self.final) * (math.sqrt(progress) if self.shape == "sqrt" else progress)
 
 
@@ -224,3 +278,8 @@ def _fraction(schedule: object, name: str) -> None:
     if not 0 <= getattr(schedule, name) <= 1:
         message = f"{name} is a factor on the peak between 0 and 1, not {getattr(schedule, name)}"
         raise ConfigError(message, about=(schedule, name))
+
+
+def _above_zero(schedule: Exponential | WarmupStableDecay) -> None:
+    if not schedule.final > 0:
+        raise ConfigError("an exponential decay never reaches zero: give a final above 0", about=(schedule, "final"))
