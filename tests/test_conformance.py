@@ -41,6 +41,10 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "model.vision_transformer": (VISION, None),
     "model.coca": (COCA, interfaces.Model),
     "parallel.fsdp2": (f"{{component: parallel.fsdp2, model: {NANO}, world: {WORLD}}}", interfaces.Model),
+    "precision.float8": (
+        f"{{component: precision.float8, model: {NANO}, world: {WORLD}, emulate: true}}",
+        interfaces.Model,
+    ),
     "feedforward.mixture_of_experts": (
         "{component: feedforward.mixture_of_experts, experts: 4, experts_per_token: 2, intermediate_size: 32}",
         None,
@@ -137,6 +141,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
 # The package of an extra that a component needs to be built, where the development environment does not have it.
 EXTRAS = {
     "loss.liger_cross_entropy": "liger_kernel",
+    "precision.float8": "torchao",
     "sink.wandb": "wandb",
     "sink.tensorboard": "tensorboard",
     "sink.mlflow": "mlflow",

@@ -181,13 +181,20 @@ def save_refused(folder):
     return refusal
 
 
-def execute(precision="fp32", param_dtype="bf16", compile="none", steps=3, accumulation=2, tie="none", scale=0.0):
+def eight_bits(world):
+    from modalities_parallel.float8 import float8
+
+    return float8(SmallModel(hidden=16), world, emulate=True)
+
+
+def execute(precision="fp32", param_dtype="bf16", compile="none", steps=3, accumulation=2, tie="none", in_float8=False):
     """Losses, squared norms and the state of the executor on a sharded small model; gradients of the first step."""
     world = auto(timeout_seconds=60)
-    model = fsdp2(functools.partial(SmallModel, tie), world, param_dtype=param_dtype)
+    build = functools.partial(SmallModel, tie)
+    if in_float8:
+        build = functools.partial(eight_bits, world)
+    model = fsdp2(build, world, param_dtype=param_dtype)
     executor = Plain(model, LOSSES["weighted"], world, precision=precision, compile=compile)
-    if scale:
-        executor.restore({"scaler": {"scale": scale, "good_steps": 0, "started": True}})
     names = list(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     losses, norms, first, scales, overflows = [], [], None, [], 0

@@ -5,5 +5,6 @@ from __future__ import annotations
 COMPONENTS: dict[str, str] = {
     "checkpoint_format.sharded": "modalities_parallel.checkpoint.sharded:Sharded",
     "parallel.fsdp2": "modalities_parallel.fsdp:fsdp2",
+    "precision.float8": "modalities_parallel.float8:float8",
     "world.auto": "modalities_parallel.world:auto",
 }
