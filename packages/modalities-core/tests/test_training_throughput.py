@@ -102,13 +102,13 @@ def test_cpu_peak_is_measured_once_and_only_rises():
     assert device_peak(torch.device("meta"), torch.float32) is None
 
 
-def test_measuring_again_takes_a_hundredth_of_the_run():
+def test_measuring_again_takes_a_five_hundredth_of_the_run():
     peak = MeasuredPeak(torch.device("cpu"), torch.float32)
     peak.measure(0.01)
     peak.flops = 1.0
-    peak.measure_again(20)
-    assert peak.flops == 1.0
     peak.measure_again(100)
+    assert peak.flops == 1.0
+    peak.measure_again(500)
     assert peak.flops > 1e8
 
 

@@ -12,7 +12,7 @@ CPU_SIZES = (384, 512, 768, 1024)
 run undisturbed."""
 GPU_SIZES = (2048, 4096, 8192)
 SECONDS = 0.25
-SHARE_OF_RUN = 0.01
+SHARE_OF_RUN = 0.002
 """Measuring again takes at most so much of a run's time."""
 
 
@@ -44,7 +44,7 @@ class MeasuredPeak:
         self._spent += time.perf_counter() - start
 
     def measure_again(self, trained_seconds: float) -> None:
-        """Measure once more if all measuring together then stays below a hundredth of ``trained_seconds``."""
+        """Measure once more if all measuring together then stays a five-hundredth of ``trained_seconds``."""
         if self._spent + SECONDS <= SHARE_OF_RUN * trained_seconds:
             self.measure()
 
