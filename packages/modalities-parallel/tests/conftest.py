@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE))
 def on_ranks(tmp_path):
     """Run a function of parallel_programs.py in n processes and return what each of them returned.
 
+    ``module:function`` is one of another file beside it.
     Every process has to end with exit code 0: a crash while the interpreter exits is a failure too.
     """
 
@@ -42,6 +43,7 @@ def outcomes_on_ranks(tmp_path):
 def launch(folder: Path, ranks: int, function: str, timeout: float, environment, /, **arguments) -> list[dict]:
     port = free_port()
     processes = []
+    module, _, function = function.rpartition(":")
     for rank in range(ranks):
         result, log = folder / f"result-{port}-{rank}.json", folder / f"log-{port}-{rank}.txt"
         place = {
@@ -53,7 +55,13 @@ def launch(folder: Path, ranks: int, function: str, timeout: float, environment,
             "OMP_NUM_THREADS": 1,
             "CUDA_VISIBLE_DEVICES": "",
         }
-        command = [sys.executable, str(HERE / "parallel_programs.py"), function, json.dumps(arguments), str(result)]
+        command = [
+            sys.executable,
+            str(HERE / f"{module or 'parallel_programs'}.py"),
+            function,
+            json.dumps(arguments),
+            str(result),
+        ]
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command,
