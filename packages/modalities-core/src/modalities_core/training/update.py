@@ -49,7 +49,9 @@ class Update:
                 del scaled.grad_scale, scaled.found_inf  # pyrefly: ignore
         else:
             self._step_as_told(verdict)
-        optimizer.zero_grad(set_to_none=True)
+        # Not the optimizer's zero_grad, which leaves alone what the optimizer does not hold.
+        for parameter in self._parameters:
+            parameter.grad = None
         if self._finish_step is not None:
             self._finish_step(self._world)
         for buffer, before in zip(self._buffers, self._before, strict=True):
