@@ -77,10 +77,12 @@ def trained_model(graph: Graph, folder: Path, step: int | None = None, shelf: Pa
         CheckpointError: there is no valid checkpoint, or not the one that is asked for.
     """
     from modalities_core.training.lineage import Shelf
+    from modalities_core.training.parameters import take_dtypes
 
     found, _ = Shelf(shelf or folder / "checkpoints").newest_valid(step)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet", hint="let the run go on until it saves one")
     model = graph.build("trainer.executor.model")
+    take_dtypes(model, {name: record.dtype for name, record in found.manifest.tensors.items()})
     graph.build("trainer.checkpoints.format").load(found.folder, model, None)
     return model, found.manifest.step

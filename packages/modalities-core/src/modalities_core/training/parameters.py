@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
@@ -35,6 +38,19 @@ def parameter_count(model: Model) -> int:
 def on_meta(model: Model) -> bool:
     """Whether any parameter has a shape only and no values."""
     return any(value.is_meta for value in as_module(model).parameters())
+
+
+def take_dtypes(model: Model, dtypes: Mapping[str, str]) -> None:
+    """Give parameters the floating-point dtypes that a checkpoint has them in, so that it can be loaded into them.
+
+    Args:
+        model: not sharded; as its configuration builds it, before an executor may have rounded its weights.
+        dtypes: name to dtype as torch names it; other names are left alone.
+    """
+    for name, value in as_module(model).named_parameters():
+        dtype = getattr(torch, dtypes.get(name.replace(COMPILED_PREFIX, ""), ""), None)
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and value.is_floating_point():
+            value.data = value.data.to(dtype)
 
 
 def tensor_layout(model: Model) -> dict[str, tuple[list[int], str]]:
