@@ -164,7 +164,9 @@ def driven(
     }  # fmt: skip
     command = [made.python, str(DRIVERS / f"{peer.driver}.py"), str(file)]
     usage = turns.run([command], cores=options.cores, timeout=options.timeout, environment=variables)
-    return {**json.loads(usage.output.strip().splitlines()[-1]), "peak_rss": usage.peak_rss}
+    # Some libraries say more at their end.
+    told = [line for line in usage.output.splitlines() if line.startswith("{")]
+    return {**json.loads(told[-1]), "peak_rss": usage.peak_rss}
 
 
 def report(result: dict, cases: dict[str, Case], options: argparse.Namespace) -> str:
