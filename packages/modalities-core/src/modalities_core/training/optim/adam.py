@@ -115,7 +115,8 @@ def update_adam(group: dict[str, Any], work: Work, decision: Decision, decoupled
     kernel(
         work.parameters,
         work.gradients,
-        *(work.states[name] for name in MOMENTS),
+        work.states["exp_avg"],
+        work.states["exp_avg_sq"],
         [],
         work.steps,
         lr=group["lr"],

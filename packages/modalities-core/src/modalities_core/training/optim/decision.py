@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +26,14 @@ class Decision:
         """1 where the step counts and 0 where not; multiplied into every change."""
         return 1.0 if self.skip is None else 1.0 - self.skip
 
-    def count(self, steps: Sequence[Tensor]) -> None:
+    def count(self, steps: list[Tensor]) -> None:
         """Add a step that counts to scalar tensors, in place."""
         if self.skip is None:
             torch._foreach_add_(steps, 1.0)
         else:
             torch.ops.aten._foreach_add_.Tensor(steps, 1 - self.skip)
 
-    def apply(self, gradients: Sequence[Tensor]) -> None:
+    def apply(self, gradients: list[Tensor]) -> None:
         """Divide gradients in place; those of a step that does not count become zero, NaN and infinity included."""
         if self.scale is not None:
             torch.ops.aten._foreach_div_.Tensor(gradients, self.scale)
@@ -45,7 +44,7 @@ class Decision:
         multiply(bits, (1 - self.skip).to(bits[0].dtype))
 
 
-def multiply(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+def multiply(tensors: list[Tensor] | tuple[Tensor, ...], factor: Tensor | float) -> None:
     """Multiply in place by a number, or by a scalar tensor without asking for its value."""
     if isinstance(factor, Tensor):
         # torch._foreach_mul_ would take a scalar tensor for a number, and wait for it.
