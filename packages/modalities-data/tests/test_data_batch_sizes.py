@@ -79,6 +79,7 @@ def test_what_does_not_lead_to_the_final_size_is_refused() -> None:
         (lambda: Stages([]), "stages", "first stage begins at step 0"),
         (lambda: Stages(stages_of((5, 4))), "stages", "first stage begins at step 0"),
         (lambda: Stages(stages_of((0, 4), (5, 8), (5, 9))), "stages", "from step 5 cannot follow one from step 5"),
+        (lambda: Stages(stages_of((0, 8), (5, 4))), "stages", "a stage of 4 samples cannot follow one of 8"),
         (lambda: Stages(stages_of((0, 0))), "stages", "at least 1, not 0 as in the stage from step 0"),
         (lambda: Linear(0, 1, 1), "samples", "at least 1, not 0"),
         (lambda: Linear(1, 0, 1), "increment", "at least 1, not 0"),

@@ -168,7 +168,9 @@ class Model(Protocol):
 
     It can be built on the meta device; ``initial_values`` then gives every parameter and buffer. It may also have
     ``finish_step(world: World) -> None``, called on every rank after each optimizer step for what no gradient
-    changes, such as the balance of experts: collective, all state in buffers, never waiting for the device.
+    changes, such as the balance of experts: collective, all state in buffers, never waiting for the device. And
+    ``causal_flops_per_token(sequence_length: int) -> float``, in which attention counts with the share of it that
+    causality leaves over. A wrapper that puts it into another precision names that as ``computing_dtype``.
     """
 
     vocab_size: int

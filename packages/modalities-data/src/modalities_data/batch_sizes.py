@@ -48,7 +48,7 @@ class Stages:
             samples per step.
 
     Raises:
-        ConfigError: they do not rise in steps from 0, or a size is not positive.
+        ConfigError: they do not rise in steps from 0, a size is not positive, or one is below the one before.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -59,6 +59,9 @@ class Stages:
         for stage, following in pairwise(stages):
             if following.from_step <= stage.from_step:
                 message = f"a stage from step {following.from_step} cannot follow one from step {stage.from_step}"
+                raise ConfigError(message, about=about)
+            if following.samples < stage.samples:
+                message = f"a stage of {following.samples} samples cannot follow one of {stage.samples}: batches grow"
                 raise ConfigError(message, about=about)
         for stage in stages:
             if stage.samples < 1:

@@ -87,9 +87,3 @@ def computing_dtype(executor: object) -> torch.dtype:
         wrapped = getattr(getattr(executor, "model", None), "computing_dtype", torch.float32)
         return wrapped if isinstance(wrapped, torch.dtype) else torch.float32
     return torch.float16 if precision == "fp16" else torch.bfloat16
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
-    """The figure of :func:`device_peak` as it is now."""
-    peak = device_peak(device, dtype)
-    return peak.flops or None if isinstance(peak, MeasuredPeak) else peak

@@ -117,6 +117,6 @@ class StepLog:
             samples=taken.progress.samples,
             skipped_steps=self._skipped,
             noise_scale=None if self._noise is None else self._noise.value(),
-            seconds=time_split({"data": window.data_seconds} | parts, window.seconds, max(1, window.steps)),
+            seconds=time_split(parts, window.seconds, max(1, window.steps)),
             **measures,
         )

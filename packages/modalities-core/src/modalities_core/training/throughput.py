@@ -10,20 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from modalities_core.training.memory import memory, most_relevant
-
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Measures since the last window: steps, seconds of training, and seconds of it spent waiting for data."""
+    """Steps and seconds of training since the last window."""
 
     steps: int
     seconds: float
-    data_seconds: float
-
-    def tokens_per_second(self, tokens_per_step: int) -> float:
-        """Over all ranks; 0 before the first step."""
-        return self.steps * tokens_per_step / self.seconds if self.seconds > 0 else 0.0
 
 
 class Phases:
@@ -96,7 +89,6 @@ class Stopwatch:
         self._clock = clock
         self._start = clock()
         self._excluded = 0.0
-        self._data = 0.0
         self._steps = 0
 
     def step_done(self) -> None:
@@ -112,20 +104,11 @@ class Stopwatch:
         finally:
             self._excluded += self._clock() - start
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Time inside counts as training and is reported on its own."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._data += self._clock() - start
-
     def window(self) -> Window:
         """What happened since the last call; starts the next window."""
         now = self._clock()
-        window = Window(self._steps, now - self._start - self._excluded, self._data)
-        self._start, self._excluded, self._data, self._steps = now, 0.0, 0.0, 0
+        window = Window(self._steps, now - self._start - self._excluded)
+        self._start, self._excluded, self._steps = now, 0.0, 0
         return window
 
 
@@ -145,8 +128,3 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, ra
         A share, usually below 1, or None without a peak.
     """
     return tokens_per_second * flops_per_token / (peak * ranks) if peak else None
-
-
-def memory_bytes(device: torch.device) -> int:
-    """The most relevant figure of :func:`modalities_core.training.memory.memory`."""
-    return most_relevant(memory(device))
