@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The first event of a process: what will run and where it writes."""
+    """The first event of a process, and of its way on where it goes back to a checkpoint: what runs, and where to."""
 
     folder: Path
     first_step: int
