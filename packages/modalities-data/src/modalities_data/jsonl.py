@@ -199,6 +199,7 @@ def decoded(stream: Readable, name: str, start: int, end: int | None, key: str) 
     try:
         for position, data in _whole_lines(stream, name, start, end):
             block = _decode_block(position, data, decode)
+            del data
             block.first = lines
             lines += block.records
             yield block
@@ -219,12 +220,13 @@ def _whole_lines(stream: Readable, name: str, start: int, end: int | None) -> It
         position += len(chunk)
         cut = len(chunk) if position == end else chunk.rfind(b"\n") + 1
         if cut:
-            pieces.append(chunk[:cut])
-            data = b"".join(pieces)
-            yield start, data
-            start += len(data)
-            pieces = []
-        pieces.append(chunk[cut:])
+            # Nothing here holds what was read while the block is worked on: that would be memory three times its size.
+            block, pieces = [b"".join([*pieces, chunk[:cut]])], [chunk[cut:]]
+            del chunk
+            begins, start = start, start + len(block[0])
+            yield begins, block.pop()
+        else:
+            pieces.append(chunk)
         if position - start > LONGEST_LINE_BYTES:
             raise LineTooLong(start, 0)
     if rest := b"".join(pieces):
