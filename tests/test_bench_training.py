@@ -68,6 +68,26 @@ def test_every_case_ends_with_a_report_and_splits_evenly(bench):
         assert next(iter(case.ours)) == "ours", name
 
 
+def test_modalities_takes_the_configuration_of_every_variant(bench, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    wiring = pytest.importorskip("modalities_cli.wiring")
+    import dataclasses
+
+    models, ours = bench("models"), bench("ours")
+    for name, case in models.CASES.items():
+        for variant, options in case.ours.items():
+            spec = {
+                "shape": dataclasses.asdict(case.shape), "options": options, "warmup": 1, "steps": 1, "log_every": 1,
+                "data": "x", "lr": case.lr, "samples_per_step": 4, "micro_batch_size": 2,
+            }  # fmt: skip
+            document = ours.document(spec)
+            taken = {"model", "loss", "executor", "optimizer", "float8"}
+            assert set(options) <= taken, f"{name}: {variant} has options that nobody reads"
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+            wiring.checked_graph(tmp_path / "config.yaml")
+            assert ("float8" in options) == (document["model"]["component"] == "precision.float8")
+
+
 def test_ratios_are_taken_within_rounds_and_shares_of_the_best_peak(bench):
     models, summary = bench("models"), bench("summary")
     rounds = {
@@ -170,12 +190,16 @@ def test_a_smaller_micro_batch_is_tried_where_memory_ends(bench, monkeypatch, tm
     assert tried == [4, 2, 2]
 
 
-@pytest.mark.slow
-def test_a_round_of_a_tiny_model_end_to_end(bench, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_a_round_of_a_tiny_model_end_to_end(bench, monkeypatch, tmp_path, capsys, device):
     pytest.importorskip("modalities_cli")
+    if device == "cuda" and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("needs a GPU")
     models, speed = bench("models"), bench("speed")
-    monkeypatch.setitem(models.CASES, "quickstart", tiny(models))
-    monkeypatch.setitem(speed.TOKENS, "cpu", 20_000)
+    monkeypatch.setitem(models.CASES, "quickstart", tiny(models, device=device))
+    monkeypatch.setitem(speed.TOKENS, device, 20_000)
     words = [
         "speed.py", "--cache", str(tmp_path), "--model", "quickstart", "--only", "plain, eager", "--rounds", "2",
         "--cores", "1", "--timeout", "240", "--save", str(tmp_path / "result"),

@@ -22,7 +22,9 @@ TRANSFORMERS = Environment(
     "transformers", ((TORCH, "transformers==5.23.0", "accelerate"),), ("transformers", "accelerate", "torch")
 )
 LITGPT = Environment("litgpt", ((TORCH, "litgpt==0.5.13"),), ("litgpt", "torch"))
-TITAN = Environment("torchtitan", ((TORCH, "torchtitan==0.3.0"),), ("torchtitan", "torch"))
+TITAN = Environment(
+    "torchtitan", ((TORCH, "torchtitan==0.3.0", "torchao==0.18.0"),), ("torchtitan", "torchao", "torch")
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def peers(case: Case, nanochat: Path | None, overrides: list[str]) -> dict[str, 
         found["nanochat"] = Peer("nanochat_model", PLAIN, {**best, "repository": str(nanochat)}, same_model=False)
     if case.device == "cuda":
         found["torchtitan"] = Peer("titan", TITAN, best)
+        if any("float8" in options for options in case.ours.values()):
+            found["torchtitan, fp8"] = Peer("titan", TITAN, {**best, "fp8": True})
     return found
 
 

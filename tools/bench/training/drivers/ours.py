@@ -24,14 +24,17 @@ def document(spec):
         "intermediate_size": shape["intermediate_size"], "layers": shape["layers"], "heads": shape["heads"],
         "key_value_heads": shape["key_value_heads"], "sequence_length": shape["sequence_length"],
         "rope_theta": shape["rope_theta"], "initialization": {"component": "initialization.plain", "std": 0.02},
+        **options.get("model", {}),
     }  # fmt: skip
+    if "float8" in options:
+        model = {"component": "precision.float8", "world": "${world}", "model": model, **options["float8"]}
     dataset = {
         "component": "dataset.packed", "path": spec["data"], "sequence_length": shape["sequence_length"]
     }  # fmt: skip
     return {
         "version": 1,
         "world": {"component": "world.auto"},
-        "model": {**model, **options.get("model", {})},
+        "model": model,
         "trainer": {
             "component": "trainer.default", "world": "${world}", "steps": steps, "log_every": spec["log_every"],
             "clip_norm": 1.0,
@@ -47,7 +50,7 @@ def document(spec):
                 "component": "batches.shuffled", "dataset": dataset, "world": "${world}",
                 "samples_per_step": spec["samples_per_step"], "micro_batch_size": spec["micro_batch_size"],
             },
-            "sinks": [{"component": "sink.console"}, {"component": "sink.jsonl"}], **options.get("trainer", {}),
+            "sinks": [{"component": "sink.console"}, {"component": "sink.jsonl"}],
         },
     }  # fmt: skip
 
