@@ -171,7 +171,8 @@ def _report(seen: Seen, first: int, ranks: tuple[int, ...], memory: bool, folder
 def split(event: StepLogged) -> list[str]:
     """Speed, and what share of a step each of its parts takes, as lines of text."""
     whole = event.seconds["step"]
-    utilisation = "" if event.mfu is None else f", MFU {event.mfu:.1%}"
+    measured = " (peak measured)" if event.peak_measured else ""
+    utilisation = "" if event.mfu is None else f", MFU {event.mfu:.1%}{measured}"
     lines = [f"{event.tokens_per_second:,.0f} tokens/s{utilisation}, {1000 * whole:,.1f} ms per step:"]
     for part in PARTS:
         if part in event.seconds:
