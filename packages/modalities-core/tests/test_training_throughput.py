@@ -39,6 +39,7 @@ def test_mfu_of_a_printed_example():
     # Llama-3-8B at 8192 tokens is 57.9 GFLOP per token: 10,000 tokens/s on one H100 are 58.5 %.
     assert mfu(10_000, 57.9e9, 989e12, 1) == pytest.approx(0.585, abs=5e-4)
     assert mfu(80_000, 57.9e9, 989e12, 8) == pytest.approx(0.585, abs=5e-4)
+    assert mfu(10_000, 51.5e9, 989e12, 1) == pytest.approx(0.521, abs=5e-4)
     assert mfu(10_000, 57.9e9, None, 1) is None
 
 
