@@ -4,8 +4,8 @@
     python tools/bench/data/bare.py --save benchmarks/results/data-bare
 
 Both run at the same time on the same core, so that other work and a changing clock slow them alike: one after the other
-they differ by a fifth from minute to minute on a shared machine, here by a few hundredths. Ours counts from the start of
-the process to its end; of the bare calls nothing counts but the calls, and letting go of what they gave.
+they differ by a fifth from minute to minute on a shared machine, here by a few hundredths. Ours counts from the start
+of the process to its end; of the bare calls nothing counts but the calls, and letting go of what they gave.
 """
 
 from __future__ import annotations
