@@ -1,5 +1,7 @@
 """States in fewer bits: close to those in full, and rounding that is right on average and the same again."""
 
+import copy
+
 import pytest
 import torch
 
@@ -121,6 +123,39 @@ def test_pieces_do_not_change_the_result(monkeypatch):
     monkeypatch.setitem(shards.PIECE_ELEMENTS, "cpu", 200)
     for one, two in zip(whole, run(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("component", [adamw, lion, muon])
+@pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.bfloat16, "fp32"), (torch.float32, "bf16")])
+def test_a_state_dict_is_taken_over_as_it_is(component, dtype, state_dtype):
+    assert_taken_over(lambda model: component(model, lr=1e-3, state_dtype=state_dtype), dtype)
+
+
+def test_a_state_dict_of_8_bits_is_taken_over_as_it_is():
+    assert_taken_over(lambda model: adamw(model, lr=1e-3, state_dtype="int8"), torch.float32)
+
+
+def assert_taken_over(optimizer_of, dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 64).to(dtype)
+    optimizer = optimizer_of(model)
+
+    def step(given, its):
+        generator = torch.Generator().manual_seed(0)
+        for value in given.parameters():
+            value.grad = torch.randn(value.shape, generator=generator).to(dtype)
+        its.step()
+
+    step(model, optimizer)
+    other = copy.deepcopy(model)
+    resumed = optimizer_of(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share its tensors
+    for each, its in ((model, optimizer), (other, resumed)):
+        step(each, its)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+        for name, value in optimizer.state[one].items():
+            assert value.dtype == resumed.state[two][name].dtype and torch.equal(value, resumed.state[two][name])
 
 
 def test_memory_of_8_bit_states():

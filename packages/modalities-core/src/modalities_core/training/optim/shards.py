@@ -102,6 +102,16 @@ class ShardOptimizer(torch.optim.Optimizer):
                 self.step_group(group, parameters, decision)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, stored as it was saved: torch alone would turn it into the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
+                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
     def step_group(self, group: dict[str, Any], parameters: list[Tensor], decision: Decision) -> None:
         """Update the parameters of one group."""
         pieces = [piece for whole in self.whole(group, parameters, decision) for piece in _cut(whole)]
