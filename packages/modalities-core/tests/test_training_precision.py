@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_parts import TinyBatches, TinyModel, summed_cross_entropy
 
 from modalities_core.errors import CheckpointError, ConfigError
@@ -366,3 +367,47 @@ def test_a_damaged_state_of_the_scaler_is_refused():
         state = {"scale": 1.0, "good_steps": 0, "started": True} | damage
         with pytest.raises(CheckpointError, match="scaler"):
             plain.restore({"scaler": state})
+
+
+# ------------------------------------------------------------------------------------------------- waiting for nothing
+
+
+class NoNumbers(TorchDispatchMode):
+    """Fails where a number leaves the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast", "bf16_weights", "fp16"])
+def test_the_host_reads_nothing_in_a_step(precision):
+    plain, batches = executor(precision), TinyBatches().micro_batches(0)
+    plain.forward_backward(batches)
+    with NoNumbers():
+        plain.forward_backward(batches)
+        plain.evaluate(batches[0])
+        if plain.scaler is not None:
+            plain.scaler.update(torch.tensor(True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast", "bf16_weights", "fp16"])
+def test_on_a_gpu_the_host_waits_for_nothing_and_the_loss_is_that_of_the_cpu(precision):
+    world = Alone("cuda")
+    plain = Plain(TinyModel(), summed_cross_entropy, world, precision=precision)
+    batches = [batch.to(world.device) for batch in TinyBatches().micro_batches(0)]
+    first = plain.forward_backward(batches)
+    overflowed = torch.zeros((), device=world.device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plain.forward_backward(batches)
+        plain.evaluate(batches[0])
+        if plain.scaler is not None:
+            plain.scaler.update(overflowed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = executor("fp32").forward_backward(TinyBatches().micro_batches(0))
+    assert first.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
