@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_parts import TinyHeldOut, TinyModel, summed_cross_entropy
 
@@ -61,3 +62,30 @@ def test_a_wish_to_stop_breaks_an_evaluation_off_and_stays_known():
         assert evaluation.measure(executor, world, 1, stopping) is None
         signals.preempted = False
         assert stopping() == "preempted"
+
+
+class Quiet(Alone):
+    """Allows the host to wait from the moment on in which an evaluation adds up its result."""
+
+    def sum(self, values):
+        if values.dtype == torch.float64:
+            torch.cuda.set_sync_debug_mode("default")
+        return values
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_evaluation_on_a_gpu_waits_for_its_result_only():
+    world = Quiet("cuda")
+    executor = Plain(TinyModel(), summed_cross_entropy, world)
+    evaluation = Evaluation("h", TinyHeldOut(batches=3 * POLL_BATCHES), every=1)
+    with StopSignals() as signals:
+        stopping = StopPoll(world, signals)
+        first = evaluation.measure(executor, world, 1, stopping)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = evaluation.measure(executor, world, 1, stopping)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert first is not None and second is not None
+    assert second.loss == pytest.approx(first.loss)
