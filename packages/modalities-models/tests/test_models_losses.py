@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch
+from modalities_models.head import LinearHead
 from modalities_models.losses import CrossEntropy
+from modalities_models.losses.cross_entropy import automatic_chunk
 
 B, T, D, V = 3, 7, 10, 23
 
@@ -146,8 +148,74 @@ def test_a_target_outside_the_vocabulary_is_not_skipped_in_chunks_either(target,
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"chunk_tokens": 0}, {"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1e-4}, {"z_loss": math.nan}],
+    [
+        {"chunk_tokens": 0},
+        {"chunk_tokens": "most"},
+        {"label_smoothing": 1.0},
+        {"label_smoothing": -0.1},
+        {"z_loss": -1e-4},
+        {"z_loss": math.nan},
+    ],
 )
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         CrossEntropy(**wrong)
+
+
+def test_automatic_chunks_on_the_cpu_equal_the_whole():
+    tokens = torch.randint(11, (2, 700), generator=torch.Generator().manual_seed(0))
+    hidden, batch = torch.randn(2, 700, 8, requires_grad=True), Batch(tokens, tokens)
+    results = []
+    for chunk in ("auto", None):
+        sizes, head = [], LinearHead(11, 8, 11)
+        with torch.no_grad():
+            head.weight.copy_(torch.arange(88).reshape(11, 8) / 88)
+        loss = CrossEntropy() if chunk == "auto" else CrossEntropy(chunk)
+        objective = loss.objective
+        one = type(objective).differentiate_
+
+        def noted(self, logits, targets, weights, sizes=sizes, one=one):
+            sizes.append(len(logits))
+            return one(self, logits, targets, weights)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(objective), "differentiate_", noted)
+            value = loss(hidden, head, batch).loss
+        results.append((value, *torch.autograd.grad(value, (hidden, head.weight)), sizes))
+    (value, *gradients, sizes), (whole, *wanted, none) = results
+    assert sizes == [512, 512, 376] and none == []
+    torch.testing.assert_close(value, whole)
+    for mine, exact in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "size"),
+    [
+        (32_000, 8192, 8388),
+        (32_000, 16_384, 8192),
+        (131_072, 65_536, 2048),
+        (500_000, 4096, 1024),
+        (50_304, 5400, 2700),
+    ],
+)
+def test_automatic_chunks_elsewhere_have_a_gibibyte_of_logits(vocabulary, tokens, size):
+    with torch.device("meta"):
+        assert automatic_chunk(torch.empty(tokens, 8), LinearHead(vocabulary, 8, vocabulary)) == size
+
+
+def test_a_model_without_storage_has_a_loss_without_a_value():
+    with torch.device("meta"):
+        hidden, tokens = torch.empty(2, 700, 8, requires_grad=True), torch.empty(2, 700, dtype=torch.int64)
+        loss = CrossEntropy(512)(hidden, LinearHead(11, 8, 11), Batch(tokens, tokens)).loss
+        loss.backward()
+    assert loss.shape == () and hidden.grad is not None and hidden.grad.shape == (2, 700, 8)
+
+
+def test_heads_that_have_to_be_called_are_called_once():
+    calls = []
+    head = nn.Linear(8, 11, bias=False)
+    head.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    tokens = torch.zeros(2, 700, dtype=torch.int64)
+    CrossEntropy()(torch.randn(2, 700, 8), head, Batch(tokens, tokens)).loss.backward()
+    assert calls == [1400]

@@ -10,6 +10,7 @@ Shape suffixes: N tokens, C tokens of one chunk, D hidden size, V vocabulary siz
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class _GradientsInForward(torch.autograd.Function):
         hidden_gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         weight_gradient_RD = torch.zeros_like(weight_RD, dtype=summing) if for_weight else None
         values: list[Tensor] = []
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        device = hidden_ND.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             matrix_VD = weight_RD[: known.vocab_size].to(known.dtype)
             for start in range(0, len(targets_N), size):
                 part = slice(start, start + size)

@@ -54,7 +54,7 @@ def projection(head: nn.Module, hidden: Tensor) -> Projection | None:
     if not isinstance(weight, Tensor) or hasattr(weight, "to_local"):
         return None  # a shard
     device = hidden.device.type
-    if autocast is None and torch.is_autocast_enabled(device):
+    if autocast is None and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         autocast = torch.get_autocast_dtype(device)
     dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     if autocast is None and weight.dtype != dtype:
