@@ -51,10 +51,11 @@ class Plain:
         world: gives the device.
         precision: of the computation. ``bf16`` computes with bfloat16 copies of the weights, made anew in every step;
             ``bf16_autocast`` under torch.autocast, slower, for models that mix dtypes; both leave weights, gradients
-            and optimizer in float32. ``bf16_weights`` makes the weights themselves bfloat16, half the memory, and
-            wants an optimizer that rounds stochastically. ``fp16`` is float16 autocast and a gradient scaler, for
-            GPUs without bfloat16. ``auto`` is ``bf16`` where the device computes it natively, else ``fp32``. A model
-            that parallel.fsdp2 wrapped computes in its ``param_dtype``, and ``auto`` and ``fp32`` leave that alone.
+            and optimizer in float32. ``bf16_weights`` makes weights and gradients themselves bfloat16, half the
+            memory, and wants an optimizer that rounds stochastically. ``fp16`` is float16 autocast and a gradient
+            scaler, for GPUs without bfloat16. ``auto`` is ``bf16`` where the device computes it natively, else
+            ``fp32``. A model that parallel.fsdp2 wrapped computes in its ``param_dtype``; ``auto`` and ``fp32`` leave
+            that alone.
             The attribute ``precision`` tells which one is in use.
         compile: ``blocks`` compiles each block of the model's parallel plan with torch.compile; ``auto`` does so where
             the whole run is long enough to win back at least twice the time it takes; ``none`` never.
@@ -112,7 +113,7 @@ class Plain:
                 "the weights are bfloat16: without an optimizer that rounds stochastically, small updates vanish"
             )
         before = self._saved.get("precision", self.precision)
-        if before != self.precision:
+        if before != self.precision and self.world.rank == 0:
             log.warning("the run computed in %s up to its checkpoint, and goes on in %s", before, self.precision)
         if said and self.world.rank == 0:
             log.info("executor.plain on %s: %s", device.type, ", ".join(said))
