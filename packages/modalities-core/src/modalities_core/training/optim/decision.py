@@ -26,6 +26,13 @@ class Decision:
         """1 where the step counts and 0 where not; multiplied into every change."""
         return 1.0 if self.skip is None else 1.0 - self.skip
 
+    def on(self, device: torch.device) -> Decision:
+        """The same on the device of the parameters, which may be offloaded to the CPU."""
+        scalars = (self.scale, self.skip)
+        if all(value is None or value.device == device for value in scalars):
+            return self
+        return Decision(*(None if value is None else value.to(device) for value in scalars))
+
     def count(self, steps: list[Tensor]) -> None:
         """Add a step that counts to scalar tensors, in place."""
         if self.skip is None:

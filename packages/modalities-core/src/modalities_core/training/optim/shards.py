@@ -99,7 +99,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self.step_group(group, parameters, decision)
+                self.step_group(group, parameters, decision.on(parameters[0].device))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
