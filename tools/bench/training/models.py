@@ -80,10 +80,8 @@ def _shape(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, 
 EAGER = {"executor": {"precision": "bf16", "compile": "none"}}
 COMPILED = {"executor": {"precision": "bf16", "compile": "blocks"}}
 CPU_OURS = {"ours": COMPILED, "ours, eager": EAGER}
-# Whole logits of a GPU's micro batch would take more memory than the model.
-CHUNKED = {**COMPILED, "loss": {"chunk_tokens": 8192}}
 BF16_WEIGHTS = {
-    "executor": {"precision": "bf16_weights", "compile": "blocks"}, "loss": {"chunk_tokens": 4096},
+    "executor": {"precision": "bf16_weights", "compile": "blocks"},
     "optimizer": {"state_dtype": "bf16", "rounding": "stochastic"},
 }  # fmt: skip
 TENSORWISE = {"float8": {"recipe": "tensorwise"}}
@@ -98,11 +96,11 @@ CASES: Mapping[str, Case] = {
     # The preset llama-60m.
     "cpu-60m": Case("cpu", _shape(32_000, 512, 1376, 8, 8, 512), 4, (4,), steps=5, ours=CPU_OURS),
     "cuda-125m": Case("cuda", _shape(32_000, 768, 2048, 12, 12, 2048), 128, (64, 32, 16, 8), warmup=10, steps=40,
-                      ours={"ours": CHUNKED}),
+                      ours={"ours": COMPILED}),
     "cuda-500m": Case("cuda", _shape(32_000, 1280, 3456, 20, 10, 2048), 128, (32, 16, 8, 4), warmup=10, steps=30,
-                      ours={"ours": CHUNKED}, skip=GPU_SKIP),
+                      ours={"ours": COMPILED}, skip=GPU_SKIP),
     "cuda-1.5b": Case("cuda", _shape(32_000, 2048, 5504, 26, 16, 4096), 64, (8, 4, 2, 1), warmup=5, steps=15, lr=3e-4,
-                      ours={"ours": CHUNKED, "ours, fp8": {**CHUNKED, **TENSORWISE}}, skip=GPU_SKIP),
+                      ours={"ours": COMPILED, "ours, fp8": {**COMPILED, **TENSORWISE}}, skip=GPU_SKIP),
     # Llama 3 8B (arXiv:2407.21783) at half of its length. 16 bytes of float32 per parameter would not fit.
     "cuda-8b": Case("cuda", _shape(128_256, 4096, 14_336, 32, 32, 4096, key_value_heads=8, rope_theta=500_000.0), 16,
                     (2, 1), warmup=4, steps=8, lr=1e-4, weights="bf16", ours={
