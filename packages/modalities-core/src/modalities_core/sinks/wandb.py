@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Sequence
 from importlib import import_module
@@ -89,6 +90,8 @@ class WandbRun:
         self._mode: Literal["online", "offline"] = mode
         self._timeout = timeout
         self._run: Any = None
+        self._offline = False
+        self._folder = Path()
 
     def consume(self, event: Event) -> None:
         """Hand one event on; ``wandb.init`` waits for the server, the others do not."""
@@ -97,7 +100,7 @@ class WandbRun:
         elif isinstance(event, RunEnded):
             self._end(event.state)
         elif self._run is not None and (values := _values(event)):
-            _check_room(self._run.settings.sync_dir)
+            _check_room(self._folder)
             # Not W&B's own step, which refuses to go back when a run is resumed from a checkpoint.
             self._run.log({STEP: getattr(event, STEP, 0), **values})
 
@@ -125,6 +128,7 @@ class WandbRun:
                 library.teardown()
                 library.setup(library.Settings(**quiet))
                 reason = first_line(error)
+        self._offline, self._folder = self._run is None, started.folder
         if self._run is None:
             self._run = library.init(mode="offline", **arguments)
         self._run.define_metric(STEP)
@@ -149,7 +153,7 @@ class WandbRun:
         record = Path(run.settings.sync_file)
         before = _size(record)
         run.finish(exit_code=EXIT_CODES.get(state, 1))
-        if _size(record) <= before:
+        if self._offline and not _grows(record, before):
             # Its service does not tell.
             raise Degraded(f"Weights & Biases could not write the end of {record}: is the disk full?")
         if getattr(run, "_finish_timed_out", False):
@@ -168,14 +172,23 @@ def run_id(folder: Path) -> str:
     return number
 
 
-def _check_room(folder: str) -> None:
+def _check_room(folder: Path) -> None:
     """Refuse to hand on what would be lost: the service behind wandb does not tell of a full disk."""
     if shutil.disk_usage(folder).free < LEAST_ROOM:
-        raise OSError(errno.ENOSPC, "no room left on the disk", folder)
+        raise OSError(errno.ENOSPC, "no room left on the disk", str(folder))
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _grows(path: Path, size: int) -> bool:
+    """Whether a file gets larger than ``size`` within some seconds."""
+    for _ in range(30):
+        if _size(path) > size:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _values(event: Event) -> dict[str, Any]:
