@@ -45,3 +45,20 @@ def test_sinks_of_trackers_are_on_threads_and_load_nothing_before_they_start():
     for name in ("wandb", "mlflow", "tensorboard"):
         pytest.importorskip(name)
     assert python(code, "", Path.cwd()).returncode == 0
+
+
+def test_a_fresh_run_is_another_run_to_every_tracker(tmp_path):
+    from modalities_core.sinks.wandb import run_id
+    from modalities_core.training.resume import set_run_aside
+    from modalities_core.training.world import Alone
+
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first
+    (tmp_path / "mlflow.json").write_text("{}")
+    (tmp_path / "tensorboard").mkdir()
+    set_run_aside(tmp_path, Alone("cpu"), fresh=False)
+    assert run_id(tmp_path) == first
+    set_run_aside(tmp_path, Alone("cpu"), fresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["previous-1"]
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == ["mlflow.json", "tensorboard", "wandb"]
+    assert run_id(tmp_path) != first
