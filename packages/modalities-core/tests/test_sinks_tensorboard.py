@@ -50,3 +50,16 @@ def test_tensorboard_goes_on_in_a_new_file_when_the_disk_is_back(tmp_path):
         sink.consume(event)
     sink.close()
     assert [scalar.step for scalar in accumulated(path).Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_a_run_that_goes_back_replaces_what_it_repeats(tmp_path, monkeypatch):
+    from modalities_core.sinks import tensorboard
+
+    times = iter(range(10**9, 10**9 + 10_000))
+    monkeypatch.setattr(tensorboard.time, "time", lambda: next(times))
+    happened = events(tmp_path / "run", 0, 6)[:-1] + events(tmp_path / "run", 2, 6)
+    record(tensorboard.tensorboard(), happened)
+    found = accumulated(tmp_path / "run" / "tensorboard")
+    assert [(scalar.step, scalar.value) for scalar in found.Scalars("train/loss")] == [
+        (1, 1), (2, 2), (3, 5), (4, 6), (5, 7), (6, 8),
+    ]  # fmt: skip

@@ -134,6 +134,25 @@ class GraphServer(ThreadingHTTPServer):
         return [json.loads(line) for line in lines]
 
 
+def test_a_run_that_goes_back_stays_the_same_run(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from modalities_core.sinks.wandb import WandbRun
+
+    logged, started = [], []
+    sink = WandbRun({}, "offline", 1.0)
+
+    def start(event):
+        started.append(event)
+        sink._run, sink._folder = SimpleNamespace(log=logged.append), tmp_path
+
+    monkeypatch.setattr(sink, "_start", start)
+    for event in events(tmp_path, 0, 3)[:4] + events(tmp_path, 1, 3)[:3]:
+        sink.consume(event)
+    assert len(started) == 1
+    assert [row["step"] for row in logged] == [1, 2, 3, 2, 3]
+
+
 @pytest.mark.slow
 def test_wandb_online(tmp_path):
     pytest.importorskip("wandb")

@@ -52,6 +52,8 @@ class EventFile:
         """Write what the event says."""
         try:
             if isinstance(event, RunStarted):
+                # A run that goes back to a checkpoint starts a second time.
+                self.close()
                 self._started = event
                 self._open(event)
             elif values := _values(event):

@@ -96,7 +96,9 @@ class WandbRun:
     def consume(self, event: Event) -> None:
         """Hand one event on; ``wandb.init`` waits for the server, the others do not."""
         if isinstance(event, RunStarted):
-            self._start(event)
+            # A run that goes back to a checkpoint starts a second time, as the same run.
+            if self._run is None:
+                self._start(event)
         elif isinstance(event, RunEnded):
             self._end(event.state)
         elif self._run is not None and (values := _values(event)):
