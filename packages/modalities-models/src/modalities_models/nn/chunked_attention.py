@@ -81,7 +81,9 @@ def chunked_attention(
     size = chunk_size(query_BHTF.shape[2], window)
     needed = query_BHTF.requires_grad or key_BKTF.requires_grad or value_BKTF.requires_grad
     keep = needed and weights_per_query(query_BHTF.shape[2], window) <= MOST_KEPT
-    mixed_BKRTF, _ = _attention(
+    # The first call of an operator loads torch's compiler, which reading alone need not wait for.
+    attention = _attention if needed or torch.compiler.is_compiling() else _mixed
+    mixed_BKRTF, _ = attention(
         scaled_BKRTF, key_BKTF.contiguous(), value_BKTF.contiguous(), hidden_BTT, window, softcap, size, keep
     )
     return mixed_BKRTF.flatten(1, 2)
@@ -123,11 +125,7 @@ def _hide(scores_BKRCS: Tensor, chunk: Chunk, window: int | None) -> None:
         scores_BKRCS[..., :columns].masked_fill_(before, float("-inf"))
 
 
-# Operators of their own, which compilers leave alone: taken apart, a chunk's part of a gradient became a pass over all
-# of it, and a block took as long compiled as not. The size of the chunks is an argument because compilers, which keep
-# their work between runs, tell graphs apart by the arguments in them.
-@torch.library.custom_op("modalities::chunked_attention", mutates_args=(), device_types="cpu")
-def _attention(
+def _mixed(
     scaled: Tensor,
     key: Tensor,
     value: Tensor,
@@ -147,6 +145,12 @@ def _attention(
         if keep:
             kept += [weights_BKQS] if tanh_BKQS is None else [weights_BKQS, tanh_BKQS]
     return mixed, kept
+
+
+# Operators of their own, which compilers leave alone: taken apart, a chunk's part of a gradient became a pass over all
+# of it, and a block took as long compiled as not. The size of the chunks is an argument because compilers, which keep
+# their work between runs, tell graphs apart by the arguments in them.
+_attention = torch.library.custom_op("modalities::chunked_attention", _mixed, mutates_args=(), device_types="cpu")
 
 
 @_attention.register_fake
