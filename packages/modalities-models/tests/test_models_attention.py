@@ -13,7 +13,7 @@ from modalities_models.nn import chunked_attention as chunked_module
 from modalities_models.nn.attention_implementations import attend, choose
 from modalities_models.nn.attention_jobs import Job, Scores
 from modalities_models.nn.attention_torch import CHUNKED, PLAIN, SDPA
-from modalities_models.nn.chunked_attention import chunk_size, chunked_attention, chunks
+from modalities_models.nn.chunked_attention import chunk_size, chunked_attention, chunks, pieces
 from modalities_models.nn.masks import causal, everything
 
 IMPLEMENTATIONS = {"chunks": CHUNKED, "sdpa": SDPA, "plain": PLAIN}
@@ -126,6 +126,37 @@ def test_weights_made_again_are_those_that_were_kept(softcap, monkeypatch):
     monkeypatch.setattr(chunked_module, "MOST_KEPT", 0)
     again = torch.autograd.grad(chunked_attention(*tensors, window=50, softcap=softcap).square().sum(), tensors)
     assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 50}])
+@pytest.mark.parametrize("size", [1, 6 * 200 * 128 * 4, 20 * 200 * 128 * 4])
+@pytest.mark.parametrize("most_kept", [0, 640])
+@pytest.mark.parametrize("segments", [False, True])
+def test_pieces_give_what_the_whole_gives(options, size, most_kept, segments, monkeypatch):
+    tensors = [heads(5, n, 200, 16, seed, torch.float64) for seed, n in enumerate((6, 3, 3))]
+    hidden = None
+    if segments:
+        numbers = (torch.rand(5, 200, generator=torch.Generator().manual_seed(1)) < 0.05).cumsum(1)
+        hidden = causal(torch.zeros(5, 200), segments_BT=numbers).hidden(options.get("window"))
+    monkeypatch.setattr(chunked_module, "MOST_KEPT", most_kept)
+    results = []
+    for piece_bytes in (1 << 40, size):
+        monkeypatch.setattr(chunked_module, "PIECE_BYTES", piece_bytes)
+        mixed = chunked_attention(*tensors, hidden, **options)
+        results.append((mixed, *torch.autograd.grad(mixed.square().sum(), tensors)))
+    for whole, parted in zip(*results, strict=True):
+        torch.testing.assert_close(parted, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "size"), [(8, 6, 1), (8, 6, 1 << 20), (3, 7, 3 << 19), (1, 4, 1 << 30), (0, 4, 9)]
+)
+def test_pieces_cover_every_head_once(batch, count, size):
+    covered = torch.zeros(batch, count)
+    for piece in pieces(batch, count, size):
+        covered[piece] += 1
+        assert covered[piece].numel() * size <= torch.get_num_threads() * (2 << 20) or covered[piece].numel() == 1
+    assert (covered == 1).all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 100, 5000])
