@@ -177,6 +177,9 @@ def job(window=None, softcap=None, dropout=0.0, dtype=torch.float32, gradient=Tr
     ("work", "name"),
     [
         (job(), "sdpa"),
+        (job(length=512), "chunks"),
+        (job(length=2048), "sdpa"),
+        (job(dtype=torch.float64, length=512), "sdpa"),
         (job(dtype=torch.bfloat16), "chunks"),
         (job(dtype=torch.bfloat16, gradient=False), "sdpa"),
         (job(dtype=torch.bfloat16, dropout=0.1), "sdpa"),

@@ -61,7 +61,7 @@ class CrossEntropy:
             )
         if isinstance(chunk_tokens, int) and chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be at least 1, not {chunk_tokens}", about=(self, "chunk_tokens"))
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens: int | Literal["auto"] | None = chunk_tokens
         self.objective = objective(self, label_smoothing, z_loss)
 
     @property

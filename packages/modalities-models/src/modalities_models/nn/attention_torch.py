@@ -2,10 +2,10 @@
 
 Which is fastest on the CPU was measured in milliseconds of one core (AVX-512, torch 2.13), forward and backward of 8
 heads of 64, torch's own against chunks:
-    causal, bfloat16    4 x 512 tokens: 120 to 67;   2 x 1024: 137 to 100;  1 x 2048: 221 to 200
-    causal, float32     4 x 512 tokens: 112 to 87;   2 x 1024: 163 to 169;  1 x 2048: 294 to 393
-    window of an eighth, bfloat16   2 x 1024: 217 to 43;  1 x 2048: 423 to 70;  float32: 237 to 75; 494 to 120
-    documents, bfloat16             2 x 1024: 224 to 110; 1 x 2048: 439 to 253; float32: 263 to 186; 497 to 466
+    causal, bfloat16    4 x 512 tokens: 102 to 55;   2 x 1024: 123 to 87;   1 x 2048: 208 to 181;  1 x 4096: 770 to 1008
+    causal, float32     4 x 512 tokens: 101 to 73;   2 x 1024: 146 to 123;  1 x 2048: 238 to 274
+    window of an eighth, bfloat16   2 x 1024: 215 to 49;  1 x 2048: 348 to 68;  float32: 220 to 69; 424 to 125
+    documents, bfloat16             2 x 1024: 214 to 112; 1 x 2048: 368 to 194; float32: 211 to 135; 474 to 347
 
 Shape suffixes: B batch, T queries, S keys, H heads, F elements of one head.
 """
@@ -21,8 +21,10 @@ from modalities_models.nn.chunked_attention import chunked_attention
 
 LONGEST_BFLOAT16 = 2048
 """Up to this many tokens chunks beat torch's own attention in bfloat16 training without a window."""
+LONGEST_FLOAT32 = 1024
+"""The same in float32."""
 SHORTEST_WIDE = 512
-"""From this many tokens on chunks beat torch's own attention in training with documents in wider types."""
+"""From this many tokens on chunks beat torch's own attention in training in wider types."""
 
 
 def _chunked_refusal(job: Job) -> str | None:
@@ -39,7 +41,8 @@ def _chunked_refusal(job: Job) -> str | None:
         return "it is slower without gradients"
     if job.dtype == torch.bfloat16:
         return None if mask.new <= LONGEST_BFLOAT16 or not job.bare else "it is slower for long sequences"
-    return "it is slower in this type" if job.bare or mask.new < SHORTEST_WIDE else None
+    slow = job.bare and (job.dtype != torch.float32 or mask.new > LONGEST_FLOAT32)
+    return "it is slower in this type" if slow or mask.new < SHORTEST_WIDE else None
 
 
 def _chunked(query_BHTF: Tensor, key_BHSF: Tensor, value_BHSF: Tensor, job: Job) -> Tensor:

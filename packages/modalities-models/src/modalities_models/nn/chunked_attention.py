@@ -161,7 +161,7 @@ def _mixed(
     mixed = torch.empty_like(scaled)
     kept = _kept(scaled, window, softcap, size) if keep else []
     each = 1 if softcap is None else 2
-    for piece in _pieces(scaled, size):
+    for piece in _pieces(scaled, window, size):
         queries, keys, values = scaled[piece], key[piece], value[piece]
         for number, chunk in enumerate(chunks(scaled.shape[3], window, size)):
             start, end, first = chunk
@@ -182,9 +182,10 @@ def _kept(scaled: Tensor, window: int | None, softcap: float | None, size: int) 
     ]
 
 
-def _pieces(scaled: Tensor, size: int) -> list[tuple[slice, slice]]:
+def _pieces(scaled: Tensor, window: int | None, size: int) -> list[tuple[slice, slice]]:
     batch, heads, groups, length, _ = scaled.shape
-    return pieces(batch, heads, groups * min(size, length) * length * scaled.element_size())
+    keys = length if window is None else min(length, size + window)
+    return pieces(batch, heads, groups * min(size, length) * keys * scaled.element_size())
 
 
 def _of(hidden_BTT: Tensor | None, piece: tuple[slice, slice]) -> Tensor | None:
@@ -227,7 +228,7 @@ def _attention_backward(
     """Gradients of ``scaled``, ``key`` and ``value`` by that of what was mixed."""
     gradient = gradient.contiguous()
     gradients = torch.empty_like(scaled), torch.empty_like(key), torch.empty_like(value)
-    for piece in _pieces(scaled, size):
+    for piece in _pieces(scaled, window, size):
         of_piece = gradient[piece], scaled[piece], key[piece], value[piece], _of(hidden, piece)
         parts = _piece_backward(*of_piece, [tensor[piece] for tensor in kept], window, softcap, size)
         for whole, part in zip(gradients, parts, strict=True):
