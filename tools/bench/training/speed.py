@@ -57,21 +57,26 @@ def main() -> int:
     options.cache = options.cache.resolve()
     options.nanochat = options.nanochat.resolve() if options.nanochat else None
     names = options.model or [name for name, case in CASES.items() if case.device == options.device]
-    result = {**turns.provenance(("--cache", "--nanochat", "--save")), "cores": options.cores, "models": {}}
-    result["versions"] = {}
-    text = ""
+    result = saved(options.save)
     for name in names:
         case = CASES[name]
         if options.steps:
             case = dataclasses.replace(case, steps=options.steps)
-        result["models"][name] = measured = measure(case, options)
-        result["versions"] |= measured.pop("versions")
-        text = report(result, {**CASES, name: case}, options)
+        result["models"][name] = {
+            **turns.provenance(("--cache", "--nanochat", "--save")), "cores": options.cores, "rounds": options.rounds,
+            **measure(case, options), "load_behind": os.getloadavg()[0],
+        }  # fmt: skip
         # After every model, for a machine that is lent may be taken back.
         if options.save:
-            turns.save(options.save, result, text)
-    print(text)
+            turns.save(options.save, result, report(result))
+    print(report(result))
     return 0
+
+
+def saved(path: Path | None) -> dict:
+    """What has been saved: models that are not measured now stay."""
+    file = path.with_suffix(".json") if path else None
+    return json.loads(file.read_text()) if file is not None and file.is_file() else {"models": {}}
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict:
@@ -115,7 +120,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
 
         rounds = turns.in_turn([PEAK, *made], options.rounds, one)
     return {
-        "case": dataclasses.asdict(case), "figures": summary.figures(case, rounds), "rounds": rounds,
+        "case": dataclasses.asdict(case), "figures": summary.figures(case, rounds), "all": rounds,
         "missing": missing, "versions": versions,
     }  # fmt: skip
 
@@ -169,18 +174,18 @@ def driven(
     return {**json.loads(told[-1]), "peak_rss": usage.peak_rss}
 
 
-def report(result: dict, cases: dict[str, Case], options: argparse.Namespace) -> str:
+def report(result: dict) -> str:
     """The result as Markdown."""
     lines = [
         "# Training: tokens per second", "",
-        f"Each trainer in turn in {options.rounds} round(s), {options.cores} cores. A ratio is our tokens per second "
-        "over the peer's within one round, so above 1 we are faster. MFU is by the peer's own FLOPs (PaLM's "
+        "Each trainer in turn, on the same cores. A ratio is our tokens per second over the peer's within one round, "
+        "so above 1 we are faster; given are median, least and most. MFU is by the peer's own FLOPs (PaLM's "
         "convention; causal counts half of the attention) over the peak of the data sheet or, on a CPU, of the fastest "
         "bf16 matrix products of all rounds. The first step, compilation included, is that of the first round.", "",
     ]  # fmt: skip
     for name, measured in result["models"].items():
-        lines += summary.report(name, cases[name], measured)
-    return "\n".join([*lines, *turns.origin(result)])
+        lines += [*summary.report(name, measured), *turns.origin(measured), ""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import turns
-from models import Case
+from models import Case, Shape
 from peers import OURS, PEAK
 
 Rounds = Mapping[str, Sequence[Mapping]]
@@ -70,8 +70,9 @@ def differences(case: Case, entry: Mapping, same_model: bool) -> list[str]:
     return found
 
 
-def report(name: str, case: Case, result: Mapping) -> list[str]:
-    """Lines of Markdown about one model."""
+def report(name: str, result: Mapping) -> list[str]:
+    """Lines of Markdown about one model, as it was saved."""
+    case = Case(**{**result["case"], "shape": Shape(**result["case"]["shape"])})
     shape, found = case.shape, result["figures"]
     rows = []
     for peer, entry in found.items():
@@ -86,7 +87,7 @@ def report(name: str, case: Case, result: Mapping) -> list[str]:
         "trainer", "tokens/s", "step ms", "MFU", "causal MFU", "of products", "ours is", "all rounds", "first step s",
         "peak GB",
     ]  # fmt: skip
-    measured, sheet = peaks(result["rounds"])
+    measured, sheet = peaks(result["all"])
     peak = f"bf16 matrix products reach {measured / 1e9:,.0f} GFLOP/s beside"
     peak += f", the data sheet says {sheet / 1e9:,.0f}" if sheet else ""
     lines = [
@@ -94,7 +95,7 @@ def report(name: str, case: Case, result: Mapping) -> list[str]:
         f"{shape.parameters / 1e6:,.1f} M parameters: vocabulary {shape.vocab_size}, hidden {shape.hidden_size}, "
         f"{shape.layers} layers, {shape.heads} heads, intermediate {shape.intermediate_size}, sequence "
         f"{shape.sequence_length}; {case.samples_per_step} samples a step; {case.warmup} steps before and "
-        f"{case.steps} that count; {peak}.", "",
+        f"{case.steps} that count, {result['rounds']} round(s) on {result['cores']} core(s); {peak}.", "",
         turns.markdown(headings, rows), "",
     ]  # fmt: skip
     lines += _parts(found)
