@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -64,3 +66,26 @@ def test_other_ranks_leave_a_wrong_document_to_the_first(
 
 def test_success_is_zero() -> None:
     assert guarded(lambda: None) == 0
+
+
+def test_a_collective_that_another_rank_left_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    assert guarded(raising(lost)) == 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    assert guarded(raising(lost)) == 6
+    assert "rank 0 of 2 lost the others" in capsys.readouterr().err
+    assert guarded(raising(RuntimeError("shapes differ"))) == 1
+
+
+@pytest.mark.parametrize("error", [errors.DataError("no file"), ZeroDivisionError("oops"), KeyboardInterrupt()])
+def test_who_launched_a_rank_is_told_why_it_failed(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
+    guarded(raising(error))
+    said = json.loads((tmp_path / "report.json").read_text())["message"]
+    assert (str(error) or "interrupted") in said

@@ -11,7 +11,9 @@ COMMAND_GROUP = "modalities.commands"
 COMMANDS = {
     "quickstart": "modalities_cli.quickstart:quickstart",
     "run": "modalities_cli.run:run",
+    "launch": "modalities_cli.launch:launch",
     "check": "modalities_cli.check:check",
+    "plan": "modalities_cli.plan:plan",
     "profile": "modalities_cli.profile:profile",
     "generate": "modalities_cli.generate:generate",
     "chat": "modalities_cli.chat:chat",

@@ -16,9 +16,12 @@ from modalities_core.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     ConfigError,
+    DistributedError,
     ModalitiesError,
     ResourceError,
+    first_line,
 )
+from modalities_parallel.root_cause import write_report
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -32,6 +35,7 @@ def guarded(command: Callable[[], object]) -> int:
         error.show()
         return EXIT_CONFIG
     except (KeyboardInterrupt, click.Abort):
+        write_report("interrupted")
         _say("interrupted")
         return EXIT_INTERRUPTED
     except ModalitiesError as error:
@@ -41,14 +45,16 @@ def guarded(command: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception as error:
-        if resource := _resource_error(error):
-            return _report(resource)
+        if known := _resource_error(error) or _distributed_error(error):
+            return _report(known)
+        write_report(traceback.format_exc())
         traceback.print_exc()
         _say("error: this is a bug in Modalities or a plugin; the traceback above shows where")
         return EXIT_BUG
 
 
 def _report(error: ModalitiesError) -> int:
+    write_report(str(error))
     rank = os.environ.get("RANK", "0")
     if isinstance(error, ConfigError) and rank != "0":
         # Every rank reads the same document: once is enough.
@@ -69,6 +75,20 @@ def _resource_error(error: Exception) -> ResourceError | None:
             f"out of memory: {error}", hint="a smaller micro batch, shorter sequences or more ranks need less"
         )
     return None
+
+
+def _distributed_error(error: Exception) -> DistributedError | None:
+    """A collective that another rank never finished, in the words of gloo, NCCL or the store."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    if not of_torch and not any(word in text for word in ("gloo/transport", "gloo/rendezvous", "NCCL communicator")):
+        return None
+    return DistributedError(
+        f"rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} lost the others: {first_line(error)}",
+        hint="another rank has failed or hangs: look for the first error in the logs of the other ranks",
+    )
 
 
 def _say(text: str) -> None:
