@@ -45,6 +45,8 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
         f"{{component: precision.float8, model: {NANO}, world: {WORLD}, emulate: true}}",
         interfaces.Model,
     ),
+    "recomputation.blocks": (f"{{component: recomputation.blocks, model: {NANO}, every: 2}}", interfaces.Model),
+    "recomputation.selective": (f"{{component: recomputation.selective, model: {NANO}}}", interfaces.Model),
     "feedforward.mixture_of_experts": (
         "{component: feedforward.mixture_of_experts, experts: 4, experts_per_token: 2, intermediate_size: 32}",
         None,

@@ -187,12 +187,29 @@ def eight_bits(world):
     return float8(SmallModel(hidden=16), world, emulate=True)
 
 
-def execute(precision="fp32", param_dtype="bf16", compile="none", steps=3, accumulation=2, tie="none", in_float8=False):
+def recomputing(kind, tie):
+    from modalities_parallel import recomputation
+
+    return getattr(recomputation, kind)(SmallModel(tie))
+
+
+def execute(
+    precision="fp32",
+    param_dtype="bf16",
+    compile="none",
+    steps=3,
+    accumulation=2,
+    tie="none",
+    in_float8=False,
+    recomputed="none",
+):
     """Losses, squared norms and the state of the executor on a sharded small model; gradients of the first step."""
     world = auto(timeout_seconds=60)
     build = functools.partial(SmallModel, tie)
     if in_float8:
         build = functools.partial(eight_bits, world)
+    if recomputed != "none":
+        build = functools.partial(recomputing, recomputed, tie)
     model = fsdp2(build, world, param_dtype=param_dtype)
     executor = Plain(model, LOSSES["weighted"], world, precision=precision, compile=compile)
     names = list(model.state_dict())

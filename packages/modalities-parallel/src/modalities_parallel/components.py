@@ -6,5 +6,7 @@ COMPONENTS: dict[str, str] = {
     "checkpoint_format.sharded": "modalities_parallel.checkpoint.sharded:Sharded",
     "parallel.fsdp2": "modalities_parallel.fsdp:fsdp2",
     "precision.float8": "modalities_parallel.float8:float8",
+    "recomputation.blocks": "modalities_parallel.recomputation:whole_blocks",
+    "recomputation.selective": "modalities_parallel.recomputation:selective",
     "world.auto": "modalities_parallel.world:auto",
 }
