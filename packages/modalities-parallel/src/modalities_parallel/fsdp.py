@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ from modalities_core.training.plan import matching
 from modalities_parallel.materialize import fill, materialize, meta_buffers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Sharding(NamedTuple):
+    """How a model was asked to be shared out; the wrapped model has it as ``sharding``, for whoever plans its run."""
+
+    param_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    reshard_after_forward: bool
 
 
 def fsdp2(
@@ -58,9 +66,11 @@ def fsdp2(
         built = cast(nn.Module, model())
     # For whoever has to know in what the model multiplies, as its weights do not tell.
     built.computing_dtype = DTYPES[param_dtype]  # pyrefly: ignore[bad-argument-type]
+    sharding = Sharding(DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward)
+    built.sharding = sharding  # pyrefly: ignore[bad-argument-type]
     without_values = meta_buffers(built)
     mesh = getattr(world, "mesh", None)
-    if mesh is None and world.size > 1:
+    if mesh is None and world.size > 1 and world.device.type != "meta":
         raise ConfigError(
             f"{type(world).__name__} has {world.size} ranks but no device mesh to shard over",
             hint="use the component world.auto",

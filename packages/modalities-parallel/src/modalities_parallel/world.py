@@ -7,6 +7,7 @@ from typing import Literal
 from modalities_core.interfaces import World
 from modalities_parallel.environment import launch
 from modalities_parallel.mesh import degrees
+from modalities_parallel.planning.world import Planned, planned_devices
 
 
 def auto(dp_replicate: int = 1, dp_shard: int | Literal["auto"] = "auto", timeout_seconds: float = 600.0) -> World:
@@ -21,6 +22,8 @@ def auto(dp_replicate: int = 1, dp_shard: int | Literal["auto"] = "auto", timeou
         ConfigError: the degrees do not multiply to the number of ranks, or the environment is half a launch.
         DistributedError: the ranks do not find each other.
     """
+    if (devices := planned_devices()) is not None:
+        return Planned(degrees(devices, dp_replicate, dp_shard, component=auto))  # pyrefly: ignore[bad-return]
     place = launch()
     if place is None:
         from modalities_core.training.world import Alone

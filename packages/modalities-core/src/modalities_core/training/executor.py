@@ -56,7 +56,7 @@ class Plain:
             scaler, for GPUs without bfloat16. ``auto`` is ``bf16`` where the device computes it natively, else
             ``fp32``. A model that parallel.fsdp2 wrapped computes in its ``param_dtype``; ``auto`` and ``fp32`` leave
             that alone.
-            The attribute ``precision`` tells which one is in use.
+            The attribute ``precision`` tells which one is in use, ``asked`` what was configured.
         compile: ``blocks`` compiles each block of the model's parallel plan with torch.compile; ``auto`` does so where
             the whole run is long enough to win back at least twice the time it takes; ``none`` never.
 
@@ -83,7 +83,7 @@ class Plain:
         self.after_first: Callable[[LossSum], None] | None = None
         self._module = as_module(model)
         self._sharded = any(hasattr(parameter, "to_local") for parameter in self._module.parameters())
-        self._asked = precision
+        self.asked = precision
         self._placed = False
         self._take(choose(precision, self._module, world.device, self))
         self.scaler = GradientScaler(world.device) if self.precision == "fp16" else None
@@ -103,12 +103,12 @@ class Plain:
             tokens_per_step: over all ranks.
         """
         device = self.world.device
-        said = [f"precision {self.precision} ({self._choice.reason})"] if self._asked == "auto" else []
+        said = [f"precision {self.precision} ({self._choice.reason})"] if self.asked == "auto" else []
         if self.compile == "auto":
             wanted, reason = self._auto_compile(steps, tokens_per_step)
             self._compiled = CompiledBlocks(self.model) if wanted else None
             said.append(f"compile {'blocks' if wanted else 'none'} ({reason})")
-        if self._asked == "bf16_weights":
+        if self.asked == "bf16_weights":
             log.warning(
                 "the weights are bfloat16: without an optimizer that rounds stochastically, small updates vanish"
             )
@@ -221,7 +221,7 @@ class Plain:
         """Run; the first time, where something that auto chose does not work, choose again and run once more."""
         if what in self._proven:
             return run()
-        open_choices = "auto" in (self._asked, self.compile) and not self._sharded
+        open_choices = "auto" in (self.asked, self.compile) and not self._sharded
         trial = Trial(self._module, self.world.device) if open_choices else None
         while True:
             try:
@@ -238,7 +238,7 @@ class Plain:
 
     def _choose_again(self, error: Exception) -> bool:
         """Take back a choice of auto that ``error`` shows to be wrong; False where there is none."""
-        if mixes_dtypes(error) and self._asked == "auto" and self._copies is not None:
+        if mixes_dtypes(error) and self.asked == "auto" and self._copies is not None:
             reason = f"bfloat16 weights do not work for {type(self.model).__name__}: {first_line(error)}"
             self._take(Choice("bf16_autocast", reason, autocast=torch.bfloat16))
         elif is_compile_error(error) and self.compile == "auto" and self._compiled is not None:
