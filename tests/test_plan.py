@@ -14,15 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from modalities_cli.app import app
 from modalities_cli.plan import Bytes, built
+from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch
 from modalities_core.training.optim import adamw, lion, muon, sgd
+from modalities_core.training.parameters import as_module
 from modalities_models.decoder import Decoder, decoder
 from modalities_models.losses.cross_entropy import CrossEntropy
 from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 from modalities_parallel.planning.devices import DEVICES, gather_seconds, replicas_seconds
 from modalities_parallel.planning.memory import optimizer_states
 from modalities_parallel.planning.run import estimated, knobs, way_to_fit
-from modalities_parallel.planning.trace import Trace, trace
+from modalities_parallel.planning.trace import trace
+from modalities_parallel.recomputation import whole_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "config_files" / "llama_1b_fsdp.yaml")
@@ -92,7 +95,7 @@ def test_two_copies_of_the_model_hold_twice_as_much() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_the_forward_really_keeps(kind: str, recompute: bool) -> None:
     planned, batch = on_meta(**SMALL, **KINDS[kind])
-    expected = trace(planned, CrossEntropy(), batch, recompute=recompute).activations
+    expected = trace(whole_blocks(planned) if recompute else planned, CrossEntropy(), batch).activations
     model = decoder(**SMALL, **KINDS[kind])
     known = {value.untyped_storage().data_ptr() for value in model.parameters()}
     kept: dict[int, int] = {}
@@ -153,14 +156,26 @@ def test_what_optimizers_remember() -> None:
     assert per_parameter(muon(model, 1e-3)) == pytest.approx(8 - 4 * matrices / count)
 
 
-def test_a_model_that_needs_values_is_refused_with_the_reason(tmp_path: Path) -> None:
+class NeedsValues(Decoder):
+    """A decoder that looks at its tokens."""
+
+    def forward(self, tokens_BT: Tensor, **named) -> Tensor:
+        assert tokens_BT.sum().item() >= 0
+        return super().forward(tokens_BT, **named)
+
+
+def test_a_model_that_needs_values_is_refused_with_the_reason() -> None:
+    run = built(Path(CONFIG), (), 64)
+    as_module(run.model).__class__ = NeedsValues
+    with pytest.raises(ConfigError, match="NeedsValues cannot be planned: .*values"):
+        estimated(run, DEVICES["h100"])
+
+
+def test_mixtures_of_experts_multiply_what_their_tokens_meet() -> None:
     experts = MixtureOfExperts(experts=4, experts_per_token=2, intermediate_size=64)
     model, batch = on_meta(**SMALL, feedforward=experts)
-    try:
-        traced = trace(model, CrossEntropy(), batch)
-    except (NotImplementedError, RuntimeError):
-        return
-    assert isinstance(traced, Trace) and traced.activations > 0
+    flops = sum(operation.flops for operation in trace(model, CrossEntropy(), batch).operations) / (2 * 256)
+    assert flops == pytest.approx(model.causal_flops_per_token(256) + 3 * 128 * 256, rel=0.02)
 
 
 def test_collectives_by_hand() -> None:
@@ -186,7 +201,8 @@ def test_what_does_not_fit_is_made_to_fit() -> None:
     before = estimated(run, device)
     assert before.memory.total > limit
     found = knobs(run, device)
-    assert found[0].change.startswith("recompute")
+    assert found[0].change.startswith("recomputation.whole_blocks")
+    assert any(knob.change.startswith("recomputation.selective") for knob in found)
     totals = [knob.estimate.memory.total for knob in found]
     assert totals == sorted(totals) and totals[-1] < before.memory.total
     way = way_to_fit(run, device, limit)

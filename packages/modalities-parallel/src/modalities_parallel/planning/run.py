@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from modalities_parallel.planning.devices import Device
 from modalities_parallel.planning.memory import Layout, RankMemory, optimizer_states, rank_memory
 from modalities_parallel.planning.timing import StepTime, compute_seconds, step_time
 from modalities_parallel.planning.trace import Trace, trace
+from modalities_parallel.recomputation import selective
+from modalities_parallel.recomputed import recompute
 
+Recomputation = Literal["as configured", "selective", "whole_blocks"]
 COMPUTING = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -40,7 +43,7 @@ class PlannedRun:
         compiled: whether blocks are compiled.
         weight_dtype: in which weights and gradients are stored; None is as they are.
         float32_states: whether the optimizer could keep its states in bfloat16 and does not.
-        recompute: whether blocks are computed again in the backward pass, beside what the model does by itself.
+        recomputation: of blocks, in the backward pass.
         traces: of micro batches, by what decides them; shared by all variants of a run.
     """
 
@@ -55,7 +58,7 @@ class PlannedRun:
     compiled: bool
     weight_dtype: torch.dtype | None = None
     float32_states: bool = False
-    recompute: bool = False
+    recomputation: Recomputation = "as configured"
     traces: dict[Any, Trace] = field(default_factory=dict)
 
     @property
@@ -76,13 +79,12 @@ class PlannedRun:
     def traced(self) -> Trace:
         """One micro batch on the meta device."""
         chunk = getattr(self.loss, "chunk_tokens", None)
-        key = self.micro_batch_size, self.recompute, chunk
+        key = self.micro_batch_size, self.recomputation, chunk
         if key not in self.traces:
             tokens = torch.empty(self.micro_batch_size, self.sequence_length, dtype=torch.int64, device="meta")
-            dtype = self.layout.param_dtype
-            self.traces[key] = trace(
-                self.model, self.loss, Batch(tokens, tokens), None if dtype == torch.float32 else dtype, self.recompute
-            )
+            dtype = None if self.layout.param_dtype == torch.float32 else self.layout.param_dtype
+            model = _recomputed(self.model, self.recomputation)
+            self.traces[key] = trace(model, self.loss, Batch(tokens, tokens), dtype)
         return self.traces[key]
 
 
@@ -230,8 +232,11 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
     if run.micro_batch_size % 2 == 0:
         half = run.micro_batch_size // 2
         yield f"micro_batch_size: {half}", replace(run, micro_batch_size=half)
-    if not run.recompute and run.blocks:
-        yield "recompute every block in the backward pass", replace(run, recompute=True)
+    recomputing = [hasattr(block, "recomputing") for block in run.blocks]
+    if run.recomputation != "whole_blocks" and recomputing:
+        yield "recomputation.whole_blocks, around the model", replace(run, recomputation="whole_blocks")
+    if run.recomputation == "as configured" and recomputing and not any(recomputing):
+        yield "recomputation.selective, around the model", replace(run, recomputation="selective")
     if getattr(run.loss, "chunk_tokens", "auto") is None:
         chunked: Any = copy.copy(run.loss)
         chunked.chunk_tokens = "auto"
@@ -249,3 +254,18 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
     if layout.wrapped and run.samples_per_step % (2 * run.ranks * run.micro_batch_size) == 0:
         twice = layout._replace(shards=2 * layout.shards)
         yield f"{2 * run.ranks} devices", replace(run, ranks=2 * run.ranks, layout=twice)
+
+
+def _recomputed(model: Model, recomputation: Recomputation) -> Model:
+    """The model, or a copy of it that runs blocks again."""
+    if recomputation == "as configured":
+        return model
+    other = copy.deepcopy(model)
+    if recomputation == "selective":
+        return selective(other)
+    for block in matching(as_module(other), other.parallel_plan().blocks).values():
+        if hasattr(block, "recomputing"):
+            block.recomputation_contexts = None  # pyrefly: ignore[bad-argument-type]
+        else:
+            recompute(block)
+    return other

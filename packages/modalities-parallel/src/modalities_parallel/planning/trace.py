@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,10 +23,17 @@ from torch.utils._pytree import tree_leaves
 from modalities_core.interfaces import Batch, Loss, Model
 from modalities_core.training.calling import call
 from modalities_core.training.parameters import as_module
-from modalities_core.training.plan import matching
 from modalities_core.training.precision import WorkingCopies
 
 aten = torch.ops.aten
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention: (2, 4),
+    aten._scaled_dot_product_flash_attention_backward: (5, 11),
+}
+"""Flash attention (arXiv:2307.08691): products of queries and keys, five backward as the scores are computed again;
+and which argument says that it is causal."""
+GROUPED = {"modalities.grouped_linear": 1, "modalities.grouped_linear_backward": 2}
+"""Products of rows with the matrix of their expert, where torch has no kernel; rows (N, I), matrices (E, O, I)."""
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm}
 
 
@@ -58,7 +65,7 @@ class Trace(NamedTuple):
         return self.activations + self.loss + self.backward
 
 
-def trace(model: Model, loss: Loss, batch: Batch, dtype: torch.dtype | None = None, recompute: bool = False) -> Trace:
+def trace(model: Model, loss: Loss, batch: Batch, dtype: torch.dtype | None = None) -> Trace:
     """Run one micro batch through a model on the meta device.
 
     Gradients of parameters count while they are computed, not after: who keeps them decides how much that is.
@@ -68,13 +75,12 @@ def trace(model: Model, loss: Loss, batch: Batch, dtype: torch.dtype | None = No
         loss: of the run.
         batch: tensors on the meta device.
         dtype: of the weights that the model computes with; None takes them as they are.
-        recompute: whether each block of the model's parallel plan keeps its input only and is computed again.
     """
     module = as_module(model)
     copies = None if dtype is None else WorkingCopies(module, dtype)
     recording = _Recording([*module.parameters(), *module.buffers()])
     module.train()
-    with copies.standing() if copies is not None else nullcontext(), _recomputed(model, recompute):
+    with copies.standing() if copies is not None else nullcontext():
         used = [parameter for parameter in module.parameters() if parameter.requires_grad]
         recording.ignore(used)
         hooks = [parameter.register_post_accumulate_grad_hook(_forget) for parameter in used]
@@ -110,31 +116,6 @@ def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-@contextmanager
-def _recomputed(model: Model, recompute: bool) -> Iterator[None]:
-    """Inside, blocks of the parallel plan are computed again in the backward pass."""
-    from torch.utils.checkpoint import checkpoint
-
-    blocks = list(matching(as_module(model), model.parallel_plan().blocks).values()) if recompute else []
-
-    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **named: checkpoint(
-            forward, *given, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **named
-        )
-
-    replaced: list[tuple[nn.Module, Any]] = [(block, block.__dict__.get("forward")) for block in blocks]
-    for block in blocks:
-        block.forward = again(block.forward)
-    try:
-        yield
-    finally:
-        for block, before in replaced:
-            if before is None:
-                del block.forward
-            else:
-                block.forward = before
-
-
 class _Recording(TorchDispatchMode):
     """Sees every operation: which storages live, and what is computed."""
 
@@ -162,19 +143,29 @@ class _Recording(TorchDispatchMode):
             self._see(tensor)
         if not func.is_view:
             given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-            self._count(func.overloadpacket, given, made)
+            self._count(func.overloadpacket, args, given, made)
         return out
 
     def compute(self, flops: float, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         """Note one kernel."""
         self.operations.append(Operation(flops, sum(map(_bytes, given)), sum(map(_bytes, made))))
 
-    def _count(self, packet: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _count(self, packet: Any, arguments: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         if packet in PRODUCTS:
             # The last two that are given are the factors; (M, K) and (K, N) have M K N products, batches of them too.
             left, right = given[-2:]
             flops = 2.0 * math.prod(left.shape) * right.shape[-1]
             self.compute(flops, given, made)
+        elif str(packet) in GROUPED:
+            rows, matrices = given[-3:-1]
+            products = GROUPED[str(packet)]
+            self.compute(2.0 * products * rows.numel() * matrices.shape[1], given, made)
+        elif packet in ATTENTION:
+            # Query (B, H, T, F) and key (B, H, S, F); a causal one skips the half that nobody sees.
+            products, causal = ATTENTION[packet]
+            query, key = given[1:3] if products == 5 else given[:2]
+            share = 0.5 if len(arguments) > causal and arguments[causal] else 1.0  # defaults are left out
+            self.compute(2.0 * products * share * query.numel() * key.shape[-2], given, made)
         elif packet not in (aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten.alias):
             self.compute(0.0, given, made)
 
@@ -202,7 +193,7 @@ def _bytes(tensor: Tensor) -> int:
 def _fused(recording: _Recording) -> Iterator[None]:
     """Inside, what PyTorch takes apart on the meta device is replaced by stand-ins for the kernels of GPUs.
 
-    In the functions' place, as a ``TorchFunctionMode`` is off within the backward pass, where blocks are recomputed.
+    In the functions' place, as a ``TorchFunctionMode`` is off within the backward pass, where blocks run again.
     """
 
     def attention(
@@ -215,7 +206,9 @@ def _fused(recording: _Recording) -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        return _Attention.apply(query, key, value, is_causal, recording)
+        # One operation, so that selective recomputation sees it too.
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, is_causal, scale=scale)[0]
 
     def norm(
         input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
@@ -228,31 +221,6 @@ def _fused(recording: _Recording) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention, F.rms_norm = before
-
-
-class _Attention(torch.autograd.Function):
-    """Flash attention (arXiv:2307.08691) without values: keeps its inputs, its output and one number per query."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, recording: _Recording) -> Tensor:
-        """Two products; a causal one skips the half that nobody sees."""
-        # As the kernels give it: heads next to each other, so that joining them copies nothing.
-        batch, heads, length, _ = query.shape
-        mixed = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, mixed, sums)
-        ctx.recording = recording
-        ctx.flops = 4.0 * query.numel() * key.shape[-2] * (0.5 if causal else 1.0)
-        recording.compute(ctx.flops, (query, key, value), (mixed, sums))
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        """Five products, as the scores are computed again."""
-        query, key, value, mixed, sums = ctx.saved_tensors
-        slopes = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        ctx.recording.compute(2.5 * ctx.flops, (query, key, value, mixed, sums, *grad_outputs), slopes)
-        return (*slopes, None, None)
 
 
 class _Norm(torch.autograd.Function):
