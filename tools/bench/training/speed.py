@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,13 +63,14 @@ def main() -> int:
         case = CASES[name]
         if options.steps:
             case = dataclasses.replace(case, steps=options.steps)
-        result["models"][name] = {
-            **turns.provenance(("--cache", "--nanochat", "--save")), "cores": options.cores, "rounds": options.rounds,
-            **measure(case, options), "load_behind": os.getloadavg()[0],
-        }  # fmt: skip
-        # After every model, for a machine that is lent may be taken back.
-        if options.save:
-            turns.save(options.save, result, report(result))
+        origin = {**turns.provenance(("--cache", "--nanochat", "--save")), "cores": options.cores}
+
+        def keep(measured: dict, name: str = name, origin: dict = origin) -> None:
+            result["models"][name] = {**origin, **measured, "load_behind": os.getloadavg()[0]}
+            if options.save:
+                turns.save(options.save, result, report(result))
+
+        measure(case, options, keep)
     print(report(result))
     return 0
 
@@ -79,8 +81,11 @@ def saved(path: Path | None) -> dict:
     return json.loads(file.read_text()) if file is not None and file.is_file() else {"models": {}}
 
 
-def measure(case: Case, options: argparse.Namespace) -> dict:
-    """All trainers of one model, in turn."""
+def measure(case: Case, options: argparse.Namespace, keep: Callable[[dict], None]) -> None:
+    """All trainers of one model, in turn; ``keep`` gets what there is after every round.
+
+    A machine that is lent may be taken back.
+    """
     known = {
         name: peer for name, peer in peers(case, options.nanochat, options.overrides).items() if wanted(name, options)
     }
@@ -98,6 +103,14 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
     data = tokens.make(options.cache, case.shape.vocab_size, TOKENS[case.device])
     versions = {name: found.versions for name, found in made.items()}
     sizes: dict[str, int] = {}
+    rounds: dict[str, list[dict]] = {}
+
+    def whole() -> None:
+        count = min(len(found) for found in rounds.values())
+        keep({
+            "case": dataclasses.asdict(case), "figures": summary.figures(case, rounds), "rounds": count, "all": rounds,
+            "missing": missing, "versions": versions,
+        })  # fmt: skip
 
     with tempfile.TemporaryDirectory(dir=options.cache) as folder:
         scratch = Path(folder)
@@ -105,7 +118,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
         def one(name: str, number: int) -> dict | None:
             try:
                 if name == PEAK:
-                    return driven(Peer("matmul"), Made(sys.executable, {}), case, data, scratch, PEAK, options)
+                    found = driven(Peer("matmul"), Made(sys.executable, {}), case, data, scratch, PEAK, options)
+                    rounds.setdefault(name, []).append(found)
+                    return found
                 found = fitting(known[name], made[name], case, data, scratch, name, options, sizes)
             except (turns.RunError, ValueError, IndexError) as error:
                 if name in (OURS, PEAK):
@@ -116,13 +131,15 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
             found["differences"] = summary.differences(case, found, known[name].same_model)
             rate = f"{found['tokens_per_second']:,.0f} tokens/s"
             print(f"round {number + 1}, {name}: {rate} {found['differences'] or ''}", file=sys.stderr, flush=True)
+            rounds.setdefault(name, []).append(found)
             return found
 
-        rounds = turns.in_turn([PEAK, *made], options.rounds, one)
-    return {
-        "case": dataclasses.asdict(case), "figures": summary.figures(case, rounds), "all": rounds,
-        "missing": missing, "versions": versions,
-    }  # fmt: skip
+        for number in range(options.rounds):
+            names = [name for name in (PEAK, *made) if name not in missing]
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                one(name, number)
+            whole()
 
 
 def wanted(name: str, options: argparse.Namespace) -> bool:
