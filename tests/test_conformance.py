@@ -46,6 +46,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
         interfaces.Model,
     ),
     "recomputation.blocks": (f"{{component: recomputation.blocks, model: {NANO}, every: 2}}", interfaces.Model),
+    "recomputation.budget": (f"{{component: recomputation.budget, model: {NANO}, share: 0.5}}", interfaces.Model),
     "recomputation.selective": (f"{{component: recomputation.selective, model: {NANO}}}", interfaces.Model),
     "feedforward.mixture_of_experts": (
         "{component: feedforward.mixture_of_experts, experts: 4, experts_per_token: 2, intermediate_size: 32}",

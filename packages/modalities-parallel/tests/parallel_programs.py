@@ -188,8 +188,10 @@ def eight_bits(world):
 
 
 def recomputing(kind, tie):
-    from modalities_parallel import recomputation
+    from modalities_parallel import recomputation, recomputation_budget
 
+    if kind == "budget":
+        return recomputation_budget.budget(SmallModel(tie), 0.5)
     return getattr(recomputation, kind)(SmallModel(tie))
 
 

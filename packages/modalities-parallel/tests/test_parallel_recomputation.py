@@ -169,6 +169,7 @@ def test_compiled_blocks_recompute_too(kind, precision):
     assert [int(value) for value in buffers if value.dtype == torch.int64] == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_sharded_over_one_and_two_ranks(on_ranks):
     for ranks in (1, 2):
         pairs = {kind: on_ranks(ranks, "execute", recomputed=kind) for kind in ("none", "whole_blocks", "selective")}

@@ -23,7 +23,7 @@ def kept_per_token(
 ) -> int:
     """Elements per token that block ``layer`` keeps for its backward pass.
 
-    A block that is recomputed whole keeps its input. Selective recomputation (arXiv:2205.05198) by operation keeps that,
+    A block that is recomputed whole keeps its input. Selective recomputation (arXiv:2205.05198) keeps that,
     the output of attention and the results of matrix products. While a block is recomputed, what it keeps without
     recomputation is there once more, of one block at a time.
 

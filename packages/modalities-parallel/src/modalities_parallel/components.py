@@ -7,6 +7,7 @@ COMPONENTS: dict[str, str] = {
     "parallel.fsdp2": "modalities_parallel.fsdp:fsdp2",
     "precision.float8": "modalities_parallel.float8:float8",
     "recomputation.blocks": "modalities_parallel.recomputation:whole_blocks",
+    "recomputation.budget": "modalities_parallel.recomputation_budget:budget",
     "recomputation.selective": "modalities_parallel.recomputation:selective",
     "world.auto": "modalities_parallel.world:auto",
 }
