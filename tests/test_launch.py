@@ -70,3 +70,18 @@ def test_a_killed_rank_is_named_and_gives_6(start_modalities, tmp_path: Path) ->
     assert last[0].startswith("root cause: rank 1 on ")
     assert "killed by SIGKILL" in last[0]
     assert last[1].endswith("rank1.log")
+
+
+@pytest.mark.slow
+def test_the_doctor_starts_ranks_that_measure_each_axis(modalities, torchrun, tmp_path: Path) -> None:
+    done = modalities("doctor", "--comm", "--nproc", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert {row["operation"] for row in value["collectives"]} == {"all_reduce", "all_gather", "reduce_scatter"}
+    assert len(value["compute_seconds"]) == 2
+    wrong = modalities("doctor", "--comm", "--nproc", 2, "--dp-replicate", 3)
+    assert wrong.returncode == 2
+    assert "dp_replicate" in wrong.stderr
+    done = torchrun(2, "doctor", "--comm")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rank 1: matrix product") == 1, "not rank 0 alone has printed"

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "modalities_cli.evaluate:evaluate",
     "export": "modalities_cli.export:export",
     "import": "modalities_cli.import_:import_",
+    "doctor": "modalities_cli.doctor:doctor",
     "components": "modalities_cli.components:components",
     "schema": "modalities_cli.schema:schema",
     "data": "modalities_data.commands:data",
