@@ -154,7 +154,7 @@ def test_threads_are_the_share_of_the_cores_unless_set() -> None:
 
 
 def test_nodes_are_checked() -> None:
-    assert nodes() == Nodes()
+    assert nodes() == nodes(1, None, "node0:29500") == Nodes()
     assert nodes(2, 1, "node0:29500") == Nodes(2, 1, "node0", 29500)
     with pytest.raises(ConfigError, match="no place to meet"):
         nodes(2, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from modalities_cli.slurm import Job
     from modalities_parallel.root_cause import Failure
 
 MEANINGS = {
@@ -23,11 +25,16 @@ MEANINGS = {
 @click.argument("overrides", nargs=-1)
 @click.option("--nproc", default="auto", show_default=True, help="Ranks on each node; auto: one per GPU.")
 @click.option("--nnodes", type=int, default=1, show_default=True, help="Nodes; the command runs on each of them.")
-@click.option("--node-rank", type=int, help="Number of this node, from 0.  [default: as they come]")
+@click.option("--node-rank", type=int, help="Number of this node, from 0.  [default: Slurm's, or as they come]")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where several nodes meet: a free port on node 0.")
 @click.option("--grace", type=float, default=15.0, show_default=True, help="Seconds ranks go on after one has failed.")
 @click.option("--folder", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/<name of CONFIG>]")
 @click.option("--fresh", is_flag=True, help="Start over; an earlier run in the folder is moved aside, not deleted.")
+@click.option("--slurm", is_flag=True, help="Start nothing; write a batch file for sbatch into the run's folder.")
+@click.option("--submit", is_flag=True, help="The same, and hand it to sbatch.")
+@click.option("--partition", help="Of the cluster, for --slurm.")
+@click.option("--time", "time_limit", help="For --slurm, as sbatch takes it: 12:00:00.")
+@click.option("--account", help="For --slurm.")
 def launch(
     config: Path,
     overrides: tuple[str, ...],
@@ -38,6 +45,11 @@ def launch(
     grace: float,
     folder: Path | None,
     fresh: bool,
+    slurm: bool,
+    submit: bool,
+    partition: str | None,
+    time_limit: str | None,
+    account: str | None,
 ) -> int:
     """Train what CONFIG describes on several ranks, on one node or more.
 
@@ -48,16 +60,27 @@ def launch(
     \b
     Example:
         modalities launch --nproc 2 config_files/config_lorem_ipsum.yaml settings.steps=20
+        modalities launch --nproc 8 --nnodes 4 --slurm --partition gpu --time 12:00:00 config.yaml
         modalities launch --nnodes 4 --node-rank 0 --rendezvous node0:29500 config.yaml    # on node 0, and so on
     """
+    from modalities_cli.slurm import Job
     from modalities_cli.wiring import checked_graph
+    from modalities_core.errors import ConfigError
     from modalities_parallel.launch import launch_ranks, nodes
 
+    folder = folder or Path("runs") / config.stem
+    if slurm or submit:
+        checked_graph(config, overrides)
+        if fresh:
+            raise ConfigError("a job that is queued again would start over each time", hint="leave out --fresh")
+        job = Job(nnodes, _ranks_of_job(nproc), partition, time_limit, account)
+        return _batch(job, ["--grace", str(grace)], config, overrides, folder, submit)
+    if nnodes > 1 and node_rank is None and os.environ.get("SLURM_NODEID", "").isdecimal():
+        node_rank = int(os.environ["SLURM_NODEID"])
     place = nodes(nnodes, node_rank, rendezvous)
     ranks = _ranks(nproc)
     # A mistake in the document is said once, before any process starts.
     checked_graph(config, overrides)
-    folder = folder or Path("runs") / config.stem
     # -P: what lies in the working folder must not hide an installed package, as for the command itself.
     command = [sys.executable, "-P", "-m", "modalities", "run", str(config), *overrides, "--folder", str(folder)]
     cause = launch_ranks([*command, *(["--fresh"] if fresh else [])], ranks, folder / "logs", place, grace)
@@ -78,6 +101,33 @@ def report(cause: Failure) -> str:
     if cause.rank != 0 or cause.host != platform.node():
         lines += [f"  {line}" for line in cause.message.splitlines()]
     return "\n".join([*lines, f"  its log: {cause.log}"])
+
+
+def _batch(
+    job: Job, options: list[str], config: Path, overrides: tuple[str, ...], folder: Path, submitting: bool
+) -> int:
+    """Write the batch file, and hand it over if asked to."""
+    from modalities_cli.slurm import batch_file, submit
+    from modalities_core.files import write_text
+
+    command = [sys.executable, "-P", "-m", "modalities", "launch", *options]
+    text = batch_file(job, command, config, overrides, folder)
+    # Slurm opens its log before anything of ours runs.
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    path = folder / "launch.sbatch"
+    write_text(path, text)
+    click.echo(
+        f"submitted job {submit(path)}: {path}" if submitting else f"wrote {path}; submit it with: sbatch {path}"
+    )
+    return 0
+
+
+def _ranks_of_job(nproc: str) -> int:
+    from modalities_core.errors import ConfigError
+
+    if nproc == "auto":
+        raise ConfigError("--slurm has to know how many GPUs a node gives", hint="--nproc 8, for example")
+    return _ranks(nproc)
 
 
 def _ranks(nproc: str) -> int:

@@ -56,7 +56,8 @@ def nodes(count: int = 1, rank: int | None = None, rendezvous: str | None = None
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"the rendezvous is {rendezvous!r}, which is not HOST:PORT", hint=RENDEZVOUS_HINT)
-    return Nodes(count, rank, host, int(port))
+    # A node alone meets itself on a port that is free, whatever it was told.
+    return Nodes(count, rank, host, int(port)) if count > 1 else Nodes(rank=rank)
 
 
 def cores() -> int:
