@@ -13,7 +13,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
 from modalities_core.training.parameters import trainable
 
-NO_DECAY = ("*norm*", "*ln_*", "*bias", "*embed*", "*wte*", "*wpe*", "*log_scale")
+NO_DECAY = ("*norm*", "*ln_*", "*bias", "*embed*", "*wte*", "*wpe*", "*positions*", "*log_scale")
 """Names of norms, biases, embeddings and single factors, which weight decay would only shrink."""
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -24,7 +24,7 @@ from modalities_core.training.optim.groups import (
 from modalities_core.training.optim.orthogonal import orthogonalize_shards
 from modalities_core.training.optim.shards import Piece, Rounding, ShardOptimizer, Work, store
 
-BY_ADAMW = ("*embed*", "*wte*", "*wpe*", "head.*", "*.head.*", "*lm_head*", "*router*")
+BY_ADAMW = ("*embed*", "*wte*", "*wpe*", "*positions*", "head.*", "*.head.*", "*lm_head*", "*router*")
 """Names of embeddings, output heads and routers: matrices whose rows are looked up or chosen between."""
 
 UpdateScale = Literal["match_rms_adamw", "original"]
