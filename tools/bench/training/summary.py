@@ -89,6 +89,8 @@ def report(name: str, result: Mapping) -> list[str]:
     ]  # fmt: skip
     measured, sheet = peaks(result["all"])
     peak = f"bf16 matrix products reach {measured / 1e9:,.0f} GFLOP/s beside"
+    if single := [entry["fp32_flops"] for entry in result["all"][PEAK] if "fp32_flops" in entry]:
+        peak += f", fp32 ones {max(single) / 1e9:,.0f}"
     peak += f", the data sheet says {sheet / 1e9:,.0f}" if sheet else ""
     lines = [
         f"## {name}", "",
