@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_made_to_fit() -> None:
     before = estimated(run, device)
     assert before.memory.total > limit
     found = knobs(run, device)
-    assert found[0].change.startswith("recomputation.whole_blocks")
+    assert found[0].change.startswith("recomputation.blocks")
     assert any(knob.change.startswith("recomputation.selective") for knob in found)
     totals = [knob.estimate.memory.total for knob in found]
     assert totals == sorted(totals) and totals[-1] < before.memory.total

@@ -196,7 +196,7 @@ class SparseFeedForward(nn.Module):
         numbers_E = torch.arange(self.up.shape[0], device=sorted_R.device)
         ends_E = torch.searchsorted(sorted_R, numbers_E, right=True, out_int32=True)
         if self.training and self.router.balance is not None:
-            # Where a foreign wrapper recomputes a block, it counts twice for all experts alike: above the mean stays so.
+            # A block that something else recomputes counts twice, for all experts alike: above the mean stays above.
             self.router.load.add_(ends_E.diff(prepend=ends_E.new_zeros(1)))
         rows_RD = _Gather.apply(hidden_ND, order_R, place_R, weights_NK.shape[1])
         inner = grouped_linear(rows_RD, self.up, ends_E)

@@ -84,6 +84,9 @@ class PlannedRun:
             tokens = torch.empty(self.micro_batch_size, self.sequence_length, dtype=torch.int64, device="meta")
             dtype = None if self.layout.param_dtype == torch.float32 else self.layout.param_dtype
             model = _recomputed(self.model, self.recomputation)
+            if not self.traces:
+                # recomputation.budget measures in the first micro batch, which is no part of a step.
+                trace(model, self.loss, Batch(tokens, tokens), dtype)
             self.traces[key] = trace(model, self.loss, Batch(tokens, tokens), dtype)
         return self.traces[key]
 
@@ -234,7 +237,7 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
         yield f"micro_batch_size: {half}", replace(run, micro_batch_size=half)
     recomputing = [hasattr(block, "recomputing") for block in run.blocks]
     if run.recomputation != "whole_blocks" and recomputing:
-        yield "recomputation.whole_blocks, around the model", replace(run, recomputation="whole_blocks")
+        yield "recomputation.blocks, around the model", replace(run, recomputation="whole_blocks")
     if run.recomputation == "as configured" and recomputing and not any(recomputing):
         yield "recomputation.selective, around the model", replace(run, recomputation="selective")
     if getattr(run.loss, "chunk_tokens", "auto") is None:
