@@ -91,6 +91,7 @@ def test_what_adamw_takes_from_muon_can_be_named():
 
 
 def build(text):
+    pytest.importorskip("modalities_models", reason="the document has its decoder")
     model = "{component: model.decoder, preset: nano, sequence_length: 32, vocab_size: 300}"
     source = f"version: 1\nsettings: {{small: 1e-4}}\nmodel: {model}\nthing:\n  model: ${{model}}\n  lr: 1e-3\n{text}"
     graph = Graph(parse(source, "c.yaml", Path()), registry(), {"thing": object})
