@@ -59,6 +59,7 @@ def test_bfloat16_weights_are_saved_generated_from_and_exported(config, tmp_path
     model = our_model(tmp_path / "run")
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert invoke("generate", tmp_path / "run", "--prompt", "the cat", "--max-new-tokens", "4").startswith("the cat")
+    pytest.importorskip("transformers", reason="an export is compared with it")
     invoke("export", tmp_path / "run", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
 

@@ -52,8 +52,7 @@ def test_rank_0_is_on_the_terminal_and_every_rank_in_its_log(start, tmp_path: Pa
     for rank in range(2):
         text = (tmp_path / "logs" / f"rank{rank}.log").read_text()
         assert f": rank {rank} of 2, process " in text
-        # Two streams in one file: a line of one may end after a line of the other.
-        assert f"out of rank {rank} with {threads} threads" in text
+        assert f"out of rank {rank} with {threads} threads\n" in text
         assert f"err of rank {rank} of 2\n" in text
 
 

@@ -48,12 +48,18 @@ class RankLog:
             self._file.close()
 
     def _copy(self, stream: IO[bytes], shown: IO[bytes]) -> None:
+        begun = b""
         while content := stream.read1(1 << 16):  # pyrefly: ignore[missing-attribute]  # a pipe is buffered
-            self._file.write(content)
+            # Whole lines, or what a progress bar ends with \r: the other stream may be in the middle of one.
+            begun += content
+            end = 1 + max(begun.rfind(b"\n"), begun.rfind(b"\r"))
+            self._file.write(begun[:end])
+            begun = begun[end:]
             try:
                 shown.write(content)
                 shown.flush()
             except (OSError, ValueError):
                 # Whoever watched has left (a pager, a closed terminal): the log goes on.
                 continue
+        self._file.write(begun)
         stream.close()

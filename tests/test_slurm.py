@@ -13,7 +13,7 @@ from modalities_cli.launch import launch
 from modalities_cli.slurm import Job, batch_file
 from modalities_core.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config_files" / "config_lorem_ipsum.yaml"
 OVERRIDE = "trainer.sinks=[{component: sink.jsonl}]"
 
