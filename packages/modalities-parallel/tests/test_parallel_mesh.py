@@ -18,7 +18,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node
     [(1, 1, "auto", (1, 1)), (8, 1, "auto", (1, 8)), (8, 2, "auto", (2, 4)), (8, 8, "auto", (8, 1)), (6, 2, 3, (2, 3))],
 )
 def test_degrees_resolve(ranks, dp_replicate, dp_shard, expected):
-    assert degrees(ranks, dp_replicate, dp_shard) == expected
+    assert degrees(ranks, dp_replicate, dp_shard)[1:3] == expected
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,14 @@ class Batch:
         pair = self.tokens_BT.to(device, non_blocking=True), self.targets_BT.to(device, non_blocking=True)
         return Batch(*pair, *moved)
 
+    def part(self, place: int, parts: int) -> Batch:
+        """The tokens of every sample that are in one of ``parts`` equal parts, counted from 0; images stay whole."""
+        size = self.tokens_BT.shape[1] // parts
+        own = (slice(None), slice(place * size, (place + 1) * size))
+        optional = (self.weights_BT, self.segments_BT)
+        weights_BT, segments_BT = (None if tensor is None else tensor[own] for tensor in optional)
+        return Batch(self.tokens_BT[own], self.targets_BT[own], weights_BT, segments_BT, self.images_BCHW)
+
 
 @runtime_checkable
 class Batches(Protocol):
@@ -156,10 +164,69 @@ class HeldOut(Protocol):
 class ParallelPlan:
     """What a model tells about its parts so that any parallelism can be applied from outside.
 
-    blocks: globs of module names, one unit of sharding, recomputation and compilation each.
+    All are globs of dotted names; a model need only declare what it wants to be used with. Where ``column`` or ``row``
+    name a module its ``weight`` and ``bias`` are meant; they may also name parameters. Weights are (..., out, in), as
+    in ``nn.Linear``. A module that directly holds such a layer is entered with whole hidden states, its first
+    argument, and left with their sum over the tensor-parallel ranks. All others work on each token by itself.
+
+    blocks: modules that are called one after the other, each one unit of sharding, recomputation and compilation, and
+        what a pipeline shares out to its stages; hidden states are their first argument and what they give.
+    column: layers that tensor parallelism splits by their output features.
+    row: layers that follow them, split by their input features.
+    attention: modules in which tokens meet, with ``column`` layers for queries, keys and values and a ``row`` layer for
+        what comes of them; context parallelism exchanges tokens for heads between them.
+    head_size: elements of one attention head, which stay together; None without attention.
+    column_norms: norms over all the features that a ``column`` layer gives.
+    embeddings: tables looked up by token id or position before the blocks, split by rows.
+    experts: modules with experts, which expert parallelism shares out; see ``Experts``.
     """
 
     blocks: tuple[str, ...] = ()
+    column: tuple[str, ...] = ()
+    row: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    head_size: int | None = None
+    column_norms: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+
+
+class Experts(Protocol):
+    """A module with experts, as expert parallelism needs it.
+
+    ``expert_parameters`` names its own parameters that have the experts as first dimension. ``apply_experts`` is called
+    by its forward, and is replaced by one that sends rows to the ranks of their experts.
+    """
+
+    expert_parameters: tuple[str, ...]
+
+    def apply_experts(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Each row through its expert: (R, D) to (R, D).
+
+        Args:
+            rows_RD: all rows of expert 0, then those of expert 1, and so on.
+            ends_E: int32, where the rows of each of this rank's experts end.
+        """
+        ...
+
+
+class VocabularyShard(Protocol):
+    """This rank's part of an output head that is split over ranks by vocabulary (loss parallelism).
+
+    A head that is split has one as ``vocabulary_shard``, and its ``weight`` is this rank's rows of the whole. A loss
+    that knows this takes its own logits from them and never gathers any; any other calls the head, which gathers.
+    """
+
+    first: int
+    """The id of the first row."""
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that share the head, in place; autograd does not see it."""
+        ...
+
+    def max_(self, values: Tensor) -> Tensor:
+        """Likewise the largest."""
+        ...
 
 
 @runtime_checkable
@@ -237,6 +304,10 @@ class World(Protocol):
     data_rank: int
     """This rank's place among those that see different data."""
     data_size: int
+    sequence_rank: int
+    """This rank's place among those that share the tokens of each sample (context parallelism)."""
+    sequence_size: int
+    """Into how many parts samples are cut; where it is more than 1 a model gives hidden states of this rank's part."""
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from modalities_core.errors import ConfigError, DistributedError
+from modalities_core.errors import ConfigError, DistributedError, first_line
 from modalities_core.interfaces import Model
 from modalities_core.training.norms import norm_share
 from modalities_parallel.environment import Launch
-from modalities_parallel.mesh import REPLICATE, SHARD, Degrees, device_mesh
+from modalities_parallel.mesh import CONTEXT, REPLICATE, SHARD, Degrees, Meshes, device_meshes, place_along
 
 OTHER_RANK = "another rank has failed or hangs: look for the first error in the logs of the other ranks"
 
@@ -30,7 +30,8 @@ OTHER_RANK = "another rank has failed or hangs: look for the first error in the 
 class Distributed:
     """A ``World`` of several processes: NCCL between GPUs, gloo between CPUs.
 
-    ``mesh`` has the axes of ``Degrees``; data-parallel ranks are numbered along both.
+    ``meshes`` has the axes of ``Degrees``, and ``mesh`` is the whole one; data-parallel ranks are numbered along both
+    of their axes.
 
     Args:
         place: this process in its launch.
@@ -50,9 +51,12 @@ class Distributed:
         self._control: dist.ProcessGroup | None = None
         if self.device.type == "cuda":
             self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._timeout))
-        self.mesh: DeviceMesh = device_mesh(self.device.type, degrees)
+        self.meshes: Meshes = device_meshes(self.device.type, degrees)
+        self.mesh: DeviceMesh = self.meshes.whole
         self.data_size = degrees.dp_replicate * degrees.dp_shard
-        self.data_rank = self.mesh.get_local_rank(REPLICATE) * degrees.dp_shard + self.mesh.get_local_rank(SHARD)
+        self.data_rank = place_along(self.mesh, REPLICATE) * degrees.dp_shard + place_along(self.mesh, SHARD)
+        self.sequence_size = degrees.cp
+        self.sequence_rank = place_along(self.mesh, CONTEXT)
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place; ``values`` of any shape, on the device or the CPU."""
@@ -131,7 +135,7 @@ class Distributed:
             yield
         except RuntimeError as error:
             raise DistributedError(
-                f"rank {self.rank} of {self.size} lost the others during {what}: {_first_line(error)}", hint=OTHER_RANK
+                f"rank {self.rank} of {self.size} lost the others during {what}: {first_line(error)}", hint=OTHER_RANK
             ) from error
 
 
@@ -165,7 +169,7 @@ def _join(place: Launch, device: torch.device, timeout: timedelta) -> None:
             ) from error
         raise DistributedError(
             f"rank {place.rank} waited {timeout.total_seconds():g} s for all {place.size} ranks to meet at {where}: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             hint="are all ranks started? In a shell that kept variables of an earlier launch: "
             "unset RANK WORLD_SIZE LOCAL_RANK",
         ) from error
@@ -187,8 +191,3 @@ def _missing(text: str, rank: int, timeout: timedelta) -> str:
         names = match[1].strip(" ,")
         return f"rank{'s' if ',' in names else ''} {names} did not reach a barrier within {seconds}"
     return f"rank {rank} waited {seconds} at a barrier that not all ranks reached: {text.strip().splitlines()[0]}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

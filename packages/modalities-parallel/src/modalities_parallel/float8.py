@@ -11,6 +11,7 @@ from torch import nn
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model, World
+from modalities_core.training.parameters import is_sharded
 from modalities_core.training.plan import matching
 
 MULTIPLE = 16
@@ -54,7 +55,7 @@ def float8(
             about=(float8, "world"),
         )
     module = cast(nn.Module, model)
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+    if is_sharded(module):
         raise ConfigError(
             "precision.float8 was given a model that is sharded already",
             hint="put precision.float8 inside of parallel.fsdp2, as the model that it shards",

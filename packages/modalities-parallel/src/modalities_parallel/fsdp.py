@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from modalities_core.config.deferred import Deferred
 from modalities_core.errors import ConfigError
-from modalities_core.interfaces import Model, World
+from modalities_core.interfaces import Model, ParallelPlan, World
 from modalities_core.training.plan import matching
 from modalities_parallel.materialize import fill, materialize, meta_buffers
+from modalities_parallel.sharding_settings import Sharding
+
+if TYPE_CHECKING:
+    from modalities_parallel.mesh import Meshes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Sharding(NamedTuple):
-    """How a model was asked to be shared out; the wrapped model has it as ``sharding``, for whoever plans its run."""
-
-    param_dtype: torch.dtype
-    reduce_dtype: torch.dtype
-    reshard_after_forward: bool
 
 
 def fsdp2(
@@ -31,6 +27,7 @@ def fsdp2(
     param_dtype: Literal["fp32", "bf16", "fp16"] = "bf16",
     reduce_dtype: Literal["fp32", "bf16"] = "fp32",
     reshard_after_forward: bool = True,
+    stages_per_rank: int = 1,
 ) -> Model:
     """Build a model, share it out over the ranks of ``world``, and give it its initial values.
 
@@ -51,6 +48,7 @@ def fsdp2(
         reduce_dtype: dtype in which gradients are summed over ranks.
         reshard_after_forward: free a block's gathered weights between forward and backward; false trades memory for
             one gather less.
+        stages_per_rank: of a pipeline, for the schedules of executor.pipeline that interleave several.
 
     Raises:
         ConfigError: the plan names modules that the model does not have, initial values do not fit its parameters,
@@ -66,30 +64,57 @@ def fsdp2(
         built = cast(nn.Module, model())
     # For whoever has to know in what the model multiplies, as its weights do not tell.
     built.computing_dtype = DTYPES[param_dtype]  # pyrefly: ignore[bad-argument-type]
-    sharding = Sharding(DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward)
+    sharding = Sharding(DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward, stages_per_rank)
     built.sharding = sharding  # pyrefly: ignore[bad-argument-type]
     without_values = meta_buffers(built)
-    mesh = getattr(world, "mesh", None)
-    if mesh is None and world.size > 1 and world.device.type != "meta":
+    meshes = getattr(world, "meshes", None)
+    if meshes is None and world.size > 1 and world.device.type != "meta":
         raise ConfigError(
-            f"{type(world).__name__} has {world.size} ranks but no device mesh to shard over",
+            f"{type(world).__name__} has {world.size} ranks but no device meshes to shard over",
             hint="use the component world.auto",
             about=(fsdp2, "world"),
         )
     # Also where nothing is sharded: a wrong plan should not wait for the cluster to be found.
-    blocks = matching(built, cast(Model, built).parallel_plan().blocks, component=fsdp2)
-    if mesh is not None:
-        from modalities_parallel.sharding import shard
-
-        shard(built, list(blocks.values()), mesh, DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward)
+    plan = cast(Model, built).parallel_plan()
+    blocks = matching(built, plan.blocks, component=fsdp2)
+    if meshes is not None:
+        _share_out(built, plan, blocks, meshes, sharding)
     if world.device.type == "meta":
         return cast(Model, built)
     materialize(built, world.device)
     fill(built, cast(Model, built).initial_values(), without_values)
-    if mesh is None and param_dtype != "fp32":
+    if meshes is None and param_dtype != "fp32":
         _autocast(built, built, world.device, DTYPES[param_dtype])
         _autocast(cast(Model, built).head, built, world.device, DTYPES[param_dtype])
     return cast(Model, built)
+
+
+def _share_out(
+    model: nn.Module, plan: ParallelPlan, blocks: dict[str, nn.Module], meshes: Meshes, sharding: Sharding
+) -> None:
+    """Every parallelism that the mesh asks for, in the one order in which they fit into each other, in place.
+
+    First what is left out on this rank, then what it holds a part of, and around that the sharding, which gathers just
+    these parts.
+    """
+    from modalities_parallel.sharding import shard
+
+    degrees = meshes.degrees
+    if degrees.pp > 1:
+        from modalities_parallel.pipeline.stages import keep_stages
+
+        keep_stages(model, plan, meshes, sharding.stages_per_rank, component=fsdp2)
+        blocks = {name: block for name, block in blocks.items() if any(True for _ in block.parameters())}
+    if degrees.tp > 1 or degrees.cp > 1:
+        from modalities_parallel.tensor.split import split
+
+        split(model, plan, meshes, component=fsdp2)
+    experts: list[nn.Module] = []
+    if degrees.ep > 1:
+        from modalities_parallel.experts import spread
+
+        experts = spread(model, plan, meshes, component=fsdp2)
+    shard(model, list(blocks.values()), experts, meshes, sharding)
 
 
 def _autocast(module: nn.Module, root: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

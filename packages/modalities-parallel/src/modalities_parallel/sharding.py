@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from modalities_parallel.mesh import sharding_mesh
+from modalities_parallel.mesh import Meshes, sharding_mesh
+from modalities_parallel.sharding_settings import Sharding
 
 
 def shard(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    mesh: DeviceMesh,
-    param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-    reshard_after_forward: bool,
+    model: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Module], meshes: Meshes, sharding: Sharding
 ) -> None:
     """Make each block and the rest a unit of FSDP2, in place; gradients become sums over the ranks.
 
     Args:
         model: the root; its parameters may be on the meta device.
         blocks: modules inside it, in the order of the forward.
-        mesh: the world's whole mesh.
-        param_dtype: of gathered weights and of activations.
-        reduce_dtype: of gradients on their way.
-        reshard_after_forward: whether blocks free their gathered weights after the forward.
+        experts: modules inside of blocks whose own parameters are experts, of which this rank has some.
+        meshes: the world's.
+        sharding: dtypes, and whether blocks free their gathered weights after the forward.
     """
-    along = sharding_mesh(mesh)
+    param_dtype, reduce_dtype, reshard_after_forward = sharding[:3]
+    along = sharding_mesh(meshes.weights)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for module in experts:
+        assert meshes.experts is not None, "experts are spread over a mesh of theirs"
+        for child in module.children():
+            fully_shard(child, mesh=along, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        over = sharding_mesh(meshes.experts)
+        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     for block in reversed(blocks):
         fully_shard(block, mesh=along, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The head is called after the root's forward, and a tied head reads the embedding: both have to stay whole.

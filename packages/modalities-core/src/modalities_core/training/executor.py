@@ -19,7 +19,7 @@ from modalities_core.training.compiling import (
     no_graph,
     worth_compiling,
 )
-from modalities_core.training.parameters import as_module, on_meta
+from modalities_core.training.parameters import as_module, is_sharded, on_meta
 from modalities_core.training.precision import (
     Choice,
     WorkingCopies,
@@ -82,7 +82,7 @@ class Plain:
         self.phases = Phases(world.device)
         self.after_first: Callable[[LossSum], None] | None = None
         self._module = as_module(model)
-        self._sharded = any(hasattr(parameter, "to_local") for parameter in self._module.parameters())
+        self._sharded = is_sharded(self._module)
         self.asked = precision
         self._placed = False
         self._take(choose(precision, self._module, world.device, self))
@@ -194,8 +194,9 @@ class Plain:
     def _forward(self, batch: Batch, loss: Loss) -> LossSum:
         batch = batch.to(self.world.device)
         dtype = self._choice.autocast
+        own = batch.part(self.world.sequence_rank, self.world.sequence_size)
         with torch.autocast(self.world.device.type, dtype) if dtype is not None else nullcontext():
-            return loss(call(self.model, batch), self.model.head, batch)
+            return loss(call(self.model, batch), self.model.head, own)
 
     def _evaluated(self, batch: Batch) -> LossSum:
         with self._standing():
@@ -214,7 +215,7 @@ class Plain:
 
     def _share(self, sums: LossSum) -> LossSum:
         # Ranks that see the same data (tensor parallel) would otherwise be counted several times.
-        share = self.world.data_size / self.world.size
+        share = self.world.data_size * self.world.sequence_size / self.world.size
         return LossSum(sums.loss.detach().float() * share, sums.tokens.detach().float() * share)
 
     def _proving(self, what: str, run: Callable[[], LossSum]) -> LossSum:

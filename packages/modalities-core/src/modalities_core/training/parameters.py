@@ -40,6 +40,11 @@ def on_meta(model: Model) -> bool:
     return any(value.is_meta for value in as_module(model).parameters())
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ranks share any of its parameters between them."""
+    return any(hasattr(value, "to_local") for value in module.parameters())
+
+
 def take_dtypes(model: Model, dtypes: Mapping[str, str]) -> None:
     """Give parameters the floating-point dtypes that a checkpoint has them in, so that it can be loaded into them.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError, first_line
+from modalities_core.training.parameters import is_sharded
 
 Precision = Literal["fp32", "bf16", "bf16_autocast", "bf16_weights", "fp16"]
 
@@ -53,7 +54,7 @@ def choose(asked: str, module: nn.Module, device: torch.device, about: object) -
     if asked not in known:
         message = f"precision is {', '.join(known[:-1])} or {known[-1]}, not {asked!r}"
         raise ConfigError(message, about=(about, "precision"))
-    sharded = any(hasattr(parameter, "to_local") for parameter in module.parameters())
+    sharded = is_sharded(module)
     wrapped = _NAMES.get(cast(Any, getattr(module, "computing_dtype", None)))
     if asked in ("auto", "fp32") and (wrapped is not None or sharded):
         asked, reason = wrapped or "fp32", "as the model is wrapped"

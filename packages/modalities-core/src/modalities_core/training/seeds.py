@@ -7,12 +7,12 @@ import hashlib
 import torch
 
 
-def step_seed(seed: int, step: int, data_rank: int) -> int:
+def step_seed(seed: int, step: int, rank: int) -> int:
     """A 63-bit seed for the random numbers of one step on one rank, so that none has to be stored to resume.
 
-    Ranks that see the same data (tensor parallel) get the same one.
+    Ranks that see the same data get others too, for each works on other tokens, heads or blocks.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{data_rank}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

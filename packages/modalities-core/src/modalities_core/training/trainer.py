@@ -220,7 +220,7 @@ class Trainer:
             if stop:
                 break
             batch = step + policy.left_out
-            seed_generators(step_seed(self.seed, batch, world.data_rank), world.device)
+            seed_generators(step_seed(self.seed, batch, world.rank), world.device)
             with log.phases.timed("data"):
                 micro_batches = batches.micro_batches(batch)
             update.before_step()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.interfaces import World
+from modalities_core.training.optim.placement import local
 from modalities_core.training.verdict import Verdict
 
 
@@ -63,11 +64,7 @@ class Update:
         divisor, frozen = torch.stack((verdict.divisor, verdict.frozen)).tolist()
         if frozen:
             return
-        gradients = [_local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, divisor)
         self._optimizer.step()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

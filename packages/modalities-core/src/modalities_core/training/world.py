@@ -29,6 +29,8 @@ class Alone:
         self.size = 1
         self.data_rank = 0
         self.data_size = 1
+        self.sequence_rank = 0
+        self.sequence_size = 1
         self.device = _device(device, self)
 
     def sum(self, values: Tensor) -> Tensor:

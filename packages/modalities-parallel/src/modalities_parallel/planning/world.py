@@ -56,8 +56,10 @@ class Planned:
         self.degrees = degrees
         self.rank = 0
         self.data_rank = 0
-        self.size = degrees.dp_replicate * degrees.dp_shard
-        self.data_size = self.size
+        self.size = degrees.ranks
+        self.data_size = degrees.dp_replicate * degrees.dp_shard
+        self.sequence_rank = 0
+        self.sequence_size = degrees.cp
         self.device: torch.device = torch.device("meta")
 
     def sum(self, values: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Matrix products and tokens shared between ranks."""
