@@ -1,4 +1,4 @@
-"""What the tests of trackers share: the events of a short run, and runs with sinks that cannot work."""
+"""What the tests of sinks share: the events of a short run, a sink that keeps them, sinks that cannot work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from pathlib import Path
 
 from modalities_core.events import Evaluated, Generated, Profiled, RunEnded, RunStarted, StepLogged
 from modalities_core.interfaces import Sink
+
+
+class Kept:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.events = []
+        self.closed = False
+
+    def consume(self, event):
+        self.events.append(event)
+
+    def close(self):
+        self.closed = True
 
 
 def started(folder, first_step=0):

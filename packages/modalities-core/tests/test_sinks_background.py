@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sink_parts import Kept
 
 from modalities_core.errors import ConfigError
 from modalities_core.events import CheckpointSaved, Evaluated, RunEnded, RunStarted, StepLogged, Warned
@@ -19,18 +20,6 @@ from modalities_core.sinks.settings import flat, settings
 STARTED = RunStarted(Path("run"), 0, 10, 100, 1000, 1, "cpu")
 STEPS = [StepLogged(step, 10, 1.0, 0.5, 1e-3, step, step, 1.0) for step in range(1, 9)]
 EVENTS = [STARTED, *STEPS, RunEnded(8, "done")]
-
-
-class Kept:
-    def __init__(self):
-        self.events = []
-        self.closed = False
-
-    def consume(self, event):
-        self.events.append(event)
-
-    def close(self):
-        self.closed = True
 
 
 class Failing(Kept):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
+from sink_parts import Kept
 
 from modalities_core.events import (
     CheckpointSaved,
@@ -94,17 +95,6 @@ def test_fanout_warns_once_per_sink_and_never_raises():
 
         def close(self):
             raise OSError("still")
-
-    class Kept:
-        def __init__(self):
-            self.events = []
-            self.closed = False
-
-        def consume(self, event):
-            self.events.append(event)
-
-        def close(self):
-            self.closed = True
 
     kept = Kept()
     fanout = Fanout([Broken(), kept, Broken()])

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from parallel_programs import whole
+from parallel_programs import main, whole
 from parallel_small_model import LENGTH, SAMPLES, VOCABULARY, SmallModel, batch, weighted_loss
 
-from modalities_core.errors import ModalitiesError, NumericalError
+from modalities_core.errors import NumericalError
 from modalities_core.events import RunStarted, StepLogged, Warned
 from modalities_core.training import ledger
 from modalities_core.training.checkpointing import Checkpoints
@@ -168,13 +166,6 @@ def refusals(folder, what, lag):
 
 
 if __name__ == "__main__":
-    function, arguments, result = sys.argv[1:]
-    torch.use_deterministic_algorithms(True)
-    try:
-        value = globals()[function](**json.loads(arguments))
-    except ModalitiesError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    Path(result).write_text(json.dumps(value))
+    main(globals())
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort an interpreter that tears itself down

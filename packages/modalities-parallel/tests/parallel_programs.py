@@ -299,12 +299,17 @@ def forget_to_close():
     globals()["kept"] = training
 
 
-if __name__ == "__main__":
+def main(programs) -> None:
+    """Call the function of ``programs`` that the command line names, and write what it returns."""
     function, arguments, result = sys.argv[1:]
     torch.use_deterministic_algorithms(True)
     try:
-        value = globals()[function](**json.loads(arguments))
+        value = programs[function](**json.loads(arguments))
     except ModalitiesError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     Path(result).write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    main(globals())
