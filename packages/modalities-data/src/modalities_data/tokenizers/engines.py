@@ -35,8 +35,6 @@ class TokenizersEngine:
     """How much text is encoded at once: the library's encodings take some hundred bytes per token until they go."""
     LONG_CHARACTERS = 1 << 19
     """A document from here on is given the memory that was freed before it, which takes 50 to 100 ms."""
-    CACHED_WORDS = 1 << 16
-    """Words whose ids are remembered; the library's default of 10,000 is 2 to 3 % slower, and this takes 10 MB."""
 
     def __init__(self, content: str) -> None:
         """Load ``content``, the text of a tokenizer.json; cutting and padding are switched off."""
@@ -47,9 +45,6 @@ class TokenizersEngine:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
-        # Of BPE and Unigram only.
-        if (resize := getattr(self.tokenizer.model, "_resize_cache", None)) is not None:
-            resize(self.CACHED_WORDS)
 
     def encode_flat(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids back to back, uint32, and (documents + 1,) int64 offsets."""
