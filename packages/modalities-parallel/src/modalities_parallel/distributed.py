@@ -76,9 +76,12 @@ class Distributed:
                 copies.setdefault(_replicas(gradient), []).append(gradient.to_local())
             else:
                 copies.setdefault(self.size, []).append(gradient)
+        # Gradients that are offloaded are on the CPU, but sums over ranks are made on the device.
         if math.isinf(order):
-            return norm_share(itertools.chain(*copies.values()), order, self.device)
-        shares = (norm_share(gradients, order, self.device) / count for count, gradients in copies.items())
+            return norm_share(itertools.chain(*copies.values()), order, self.device).to(self.device)
+        shares = (
+            norm_share(gradients, order, self.device).to(self.device) / count for count, gradients in copies.items()
+        )
         return sum(shares, start=norm_share((), order, self.device))
 
     def check(self, model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -16,8 +17,9 @@ from modalities_parallel.materialize import fill, materialize, meta_buffers
 from modalities_parallel.sharding_settings import Sharding
 
 if TYPE_CHECKING:
-    from modalities_parallel.mesh import Meshes
+    from modalities_parallel.mesh import Degrees, Meshes
 
+log = logging.getLogger("modalities")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,17 +28,23 @@ def fsdp2(
     world: World,
     param_dtype: Literal["fp32", "bf16", "fp16"] = "bf16",
     reduce_dtype: Literal["fp32", "bf16"] = "fp32",
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | Literal["auto"] = "auto",
+    blocks_per_unit: int = 1,
+    prefetch: int = 0,
+    offload: bool = False,
     stages_per_rank: int = 1,
 ) -> Model:
     """Build a model, share it out over the ranks of ``world``, and give it its initial values.
 
     The model is built on the meta device, so no rank ever holds all of it. Each block of its parallel plan is one
     unit; what is left (embedding, final norm, head) is one more, which stays whole between forward and backward so
-    that the head can be called after the forward, as often as the loss likes. Gradients are *sums* over the
-    data-parallel ranks. In one process nothing is sharded, and bf16 and fp16 mean ``torch.autocast`` around the forward
-    and the head; executor.plain computes bf16 with copies of the weights instead, as it is on shards. The weights that
-    the optimizer sees are float32 in every case.
+    that the head can be called after the forward, as often as the loss likes. So does the last unit of blocks, with
+    which the backward begins. Gradients are *sums* over the data-parallel ranks. In one process nothing is sharded, and
+    bf16 and fp16 mean ``torch.autocast`` around the forward and the head; executor.plain computes bf16 with copies of
+    the weights instead, as it is on shards. The weights that the optimizer sees are float32 in every case.
+
+    With dp_replicate N and dp_shard 1 in world.auto this is plain data parallelism, as DistributedDataParallel does it:
+    each rank holds the whole model, nothing is gathered, and gradients are reduced once per step.
 
     Method: ZeRO stage 3 (arXiv:1910.02054) as PyTorch FSDP (arXiv:2304.11277), per-parameter sharding.
 
@@ -47,12 +55,19 @@ def fsdp2(
             executor.plain scales the loss so that small gradients do not vanish.
         reduce_dtype: dtype in which gradients are summed over ranks.
         reshard_after_forward: free a block's gathered weights between forward and backward; false trades memory for
-            one gather less.
+            one gather less. auto frees them unless in a pipeline, where every micro batch would gather them again.
+        blocks_per_unit: neighbouring blocks gathered and reduced at once; more means fewer and larger messages, and
+            more memory.
+        prefetch: units gathered ahead of their use, in forward and backward; 0 leaves it to FSDP2, which gathers one
+            ahead as far as the host is ahead of the device. 1 or more ask for them at once, which helps where the host
+            waits, as with experts spread over ranks.
+        offload: keep the shards of weights and gradients in the host's memory, where the optimizer then works; saves
+            their memory on the GPU and takes much longer.
         stages_per_rank: of a pipeline, for the schedules of executor.pipeline that interleave several.
 
     Raises:
         ConfigError: the plan names modules that the model does not have, initial values do not fit its parameters,
-            or ``world`` has several ranks without a device mesh.
+            a number is too small, or ``world`` has several ranks without a device mesh.
     """
     if isinstance(model, nn.Module):
         raise ConfigError(
@@ -60,20 +75,32 @@ def fsdp2(
             hint="give it a function without arguments that builds the model",
             about=(fsdp2, "model"),
         )
+    for name, number, least in (("blocks_per_unit", blocks_per_unit, 1), ("prefetch", prefetch, 0)):
+        if number < least:
+            raise ConfigError(f"{name} is {number}, but has to be at least {least}", about=(fsdp2, name))
     with torch.device("meta"):
         built = cast(nn.Module, model())
     # For whoever has to know in what the model multiplies, as its weights do not tell.
     built.computing_dtype = DTYPES[param_dtype]  # pyrefly: ignore[bad-argument-type]
-    sharding = Sharding(DTYPES[param_dtype], DTYPES[reduce_dtype], reshard_after_forward, stages_per_rank)
-    built.sharding = sharding  # pyrefly: ignore[bad-argument-type]
     without_values = meta_buffers(built)
-    meshes = getattr(world, "meshes", None)
+    meshes: Meshes | None = getattr(world, "meshes", None)
     if meshes is None and world.size > 1 and world.device.type != "meta":
         raise ConfigError(
             f"{type(world).__name__} has {world.size} ranks but no device meshes to shard over",
             hint="use the component world.auto",
             about=(fsdp2, "world"),
         )
+    degrees: Degrees | None = getattr(world, "degrees", None if meshes is None else meshes.degrees)
+    sharding = Sharding(
+        DTYPES[param_dtype],
+        DTYPES[reduce_dtype],
+        (degrees is None or degrees.pp == 1) if reshard_after_forward == "auto" else reshard_after_forward,
+        stages_per_rank,
+        blocks_per_unit,
+        prefetch,
+        offload and _can_offload(world),
+    )
+    built.sharding = sharding  # pyrefly: ignore[bad-argument-type]
     # Also where nothing is sharded: a wrong plan should not wait for the cluster to be found.
     plan = cast(Model, built).parallel_plan()
     blocks = matching(built, plan.blocks, component=fsdp2)
@@ -81,7 +108,7 @@ def fsdp2(
         _share_out(built, plan, blocks, meshes, sharding)
     if world.device.type == "meta":
         return cast(Model, built)
-    materialize(built, world.device)
+    materialize(built, world.device, sharding.offload)
     fill(built, cast(Model, built).initial_values(), without_values)
     if meshes is None and param_dtype != "fp32":
         _autocast(built, built, world.device, DTYPES[param_dtype])
@@ -104,7 +131,7 @@ def _share_out(
         from modalities_parallel.pipeline.stages import keep_stages
 
         keep_stages(model, plan, meshes, sharding.stages_per_rank, component=fsdp2)
-        blocks = {name: block for name, block in blocks.items() if any(True for _ in block.parameters())}
+        blocks = matching(model, plan.blocks, component=fsdp2)
     if degrees.tp > 1 or degrees.cp > 1:
         from modalities_parallel.tensor.split import split
 
@@ -114,7 +141,20 @@ def _share_out(
         from modalities_parallel.experts import spread
 
         experts = spread(model, plan, meshes, component=fsdp2)
-    shard(model, list(blocks.values()), experts, meshes, sharding)
+    shard(model, blocks, experts, meshes, sharding)
+
+
+def _can_offload(world: World) -> bool:
+    """Whether there is anything to move to the host's memory, and FSDP2 to do it; says in the log why not."""
+    if world.device.type == "cpu":
+        reason = "weights, gradients and optimizer are in the host's memory already"
+    elif world.device.type != "meta" and getattr(world, "meshes", None) is None:
+        reason = "one process by itself is not sharded; modalities launch --nproc 1 starts one that is"
+    else:
+        return True
+    if world.rank == 0:
+        log.warning("parallel.fsdp2: offload changes nothing on this %s: %s", world.device.type, reason)
+    return False
 
 
 def _autocast(module: nn.Module, root: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

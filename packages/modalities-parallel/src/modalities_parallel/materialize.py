@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
+from modalities_core.training.optim.placement import own_part
+from modalities_core.interfaces import Model
+from modalities_core.training.parameters import whole
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device, offload: bool = False) -> None:
     """Give every tensor of ``model`` memory on ``device``; buffers that have values keep them.
 
     Names that shared one parameter still share one.
+
+    Args:
+        model: changed in place.
+        device: of the run.
+        offload: whether parameters are on the CPU nevertheless.
     """
     first: dict[int, str] = {}
     tied = {
@@ -23,10 +31,14 @@ def materialize(model: nn.Module, device: torch.device) -> None:
         if first.setdefault(id(parameter), name) != name
     }
     values = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if offload else device)
     for name, other in tied.items():
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, model.get_parameter(other))
+        # Not by attribute: where ranks hold parts, that gives the part.
+        model.get_submodule(owner)._parameters[attribute] = dict(model.named_parameters())[other]
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     for name, value in values.items():
         model.get_buffer(name).copy_(value)
 
@@ -43,14 +55,18 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]], without_values:
         without_values: names of buffers that have no value yet.
 
     Raises:
-        ConfigError: a value is missing, of another shape, or for a name the model does not have.
+        ConfigError: a value is missing, of another shape, or for a name the model does not have. Values of what other
+            ranks of a pipeline hold are passed over.
     """
+    elsewhere = whole(cast(Model, model)).state_dict(keep_vars=True)
     targets = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     unfilled = {id(parameter): name for name, parameter in model.named_parameters()}
-    unfilled |= {id(targets[name]): name for name in without_values}
+    unfilled |= {id(targets[name]): name for name in without_values if name in targets}
     kind = type(model).__name__
     for name, value in values:
         target = targets.get(name)
+        if target is None and name in elsewhere:
+            continue
         if target is None:
             raise ConfigError(f"{kind}.initial_values gives {name!r}, which {kind} does not have")
         if target.shape != value.shape:
@@ -71,10 +87,7 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]], without_values:
 
 def _fill_sharded(target: Any, value: Tensor) -> None:
     """Copy this rank's slice of ``value`` into a DTensor."""
-    from torch.distributed.tensor import distribute_tensor
-
-    part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    target.to_local().copy_(part.to_local())
+    target.to_local().copy_(own_part(value, target))
 
 
 def meta_buffers(model: nn.Module) -> list[str]:

@@ -116,4 +116,5 @@ def _gathered_by_all(parameter: DTensor, part: Tensor) -> Tensor:
     )
     whole = direction.full_tensor()
     result = orthogonalize(as_matrices(whole)).view_as(whole)
-    return local(distribute_tensor(result, mesh, placements, src_data_rank=None))
+    # Where parameters are offloaded the mesh is of another device than they are.
+    return local(distribute_tensor(result, mesh, placements, src_data_rank=None)).to(part.device)
