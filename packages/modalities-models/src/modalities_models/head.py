@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modalities_core.interfaces import VocabularyShard
+
 
 class Head(nn.Module):
     """Hidden states (..., D) to logits (..., V): z = multiplier * hidden @ weight[:V].T, then the soft cap.
@@ -20,6 +22,10 @@ class Head(nn.Module):
     sharding puts another tensor there each time, and under autocast it casts hidden states and weight as
     ``F.linear`` does. A head that is no ``Head`` has to be called.
 
+    Whoever splits it over ranks by vocabulary sets ``vocabulary_shard``; ``weight`` is then this rank's rows, and what
+    is called gathers. If that takes a ``forward`` in front of this one, on the object or its class, that has an
+    attribute ``gathers_vocabulary``, true, so that a loss may do without it.
+
     Args:
         vocab_size: V.
         multiplier: factor on the logits, before the soft cap.
@@ -27,7 +33,9 @@ class Head(nn.Module):
     """
 
     weight: Tensor
-    """(R, D), R >= V."""
+    """(R, D), R >= V; or this rank's rows of these."""
+    vocabulary_shard: VocabularyShard | None = None
+    """Which rows these are, where ranks share them."""
 
     def __init__(self, vocab_size: int, multiplier: float = 1.0, softcap: float | None = None) -> None:
         super().__init__()

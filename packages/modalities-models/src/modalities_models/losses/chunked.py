@@ -5,7 +5,12 @@ instead of two, and nothing but the gradients is kept for the backward pass. It 
 in float32, the gradient that the backward pass would need anyway. (The idea is that of Liger Kernel, arXiv:2410.10989,
 section 3.2.) Any other head is called, and called again in the backward pass.
 
-Shape suffixes: N tokens, C tokens of one chunk, D hidden size, V vocabulary size, R stored rows of the weight.
+Where ranks share a known head by vocabulary (loss parallelism), each takes the logits of its own rows: of a chunk they
+tell each other the largest logit and two or three sums per token, and no logits. Each then has the whole value, the
+gradient of its rows, and its part of that of the hidden states: these parts add up over the ranks.
+
+Shape suffixes: N tokens, C tokens of one chunk, D hidden size, V vocabulary size or this rank's part of it, R stored
+rows of the weight.
 """
 
 from __future__ import annotations
@@ -35,12 +40,15 @@ def chunked(
         objective: what is summed.
         size: the most tokens of a chunk.
     """
-    if torch.is_grad_enabled() and (known := projection(head, hidden_ND)) is not None:
+    known = projection(head, hidden_ND)
+    if known is not None and (torch.is_grad_enabled() or known.columns.shard is not None):
         if weights_N is None:
             weights_N = torch.ones(len(targets_N), device=hidden_ND.device)
-        value = _GradientsInForward.apply(hidden_ND, known.weight_RD, known, targets_N, weights_N, objective, size)
-        assert isinstance(value, Tensor)
-        return value
+        if torch.is_grad_enabled():
+            value = _GradientsInForward.apply(hidden_ND, known.weight_RD, known, targets_N, weights_N, objective, size)
+            assert isinstance(value, Tensor)
+            return value
+        return _chunks(hidden_ND, known, targets_N, weights_N, objective, size, None, None)
 
     def summed(hidden_CD: Tensor, targets_C: Tensor, weights_C: Tensor | None) -> Tensor:
         return objective.summed(head(hidden_CD), targets_C, weights_C)
@@ -74,27 +82,10 @@ class _GradientsInForward(torch.autograd.Function):
         summing = torch.float64 if weight_RD.dtype == torch.float64 else torch.float32
         hidden_gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         weight_gradient_RD = torch.zeros_like(weight_RD, dtype=summing) if for_weight else None
-        values: list[Tensor] = []
-        device = hidden_ND.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            matrix_VD = weight_RD[: known.vocab_size].to(known.dtype)
-            for start in range(0, len(targets_N), size):
-                part = slice(start, start + size)
-                inputs_CD = hidden_ND[part].to(known.dtype)
-                if known.multiplier != 1.0:
-                    inputs_CD = inputs_CD * known.multiplier
-                value, gradient_CV = _differentiated(
-                    inputs_CD, matrix_VD, known.softcap, targets_N[part], weights_N[part], objective
-                )
-                values.append(value)
-                if hidden_gradient_ND is not None:
-                    torch.mul(gradient_CV @ matrix_VD, known.multiplier, out=hidden_gradient_ND[part])
-                if weight_gradient_RD is not None:
-                    _add_product(weight_gradient_RD[: known.vocab_size], gradient_CV.T, inputs_CD)
-                del gradient_CV  # before the next chunk's logits come
+        value = _chunks(hidden_ND, known, targets_N, weights_N, objective, size, hidden_gradient_ND, weight_gradient_RD)
         ctx.save_for_backward(hidden_gradient_ND, weight_gradient_RD)
         ctx.dtypes = hidden_ND.dtype, weight_RD.dtype
-        return torch.stack(values).sum()
+        return value
 
     @staticmethod
     @once_differentiable
@@ -107,22 +98,55 @@ class _GradientsInForward(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
+def _chunks(
+    hidden_ND: Tensor,
+    known: Projection,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    objective: Objective,
+    size: int,
+    hidden_gradient_ND: Tensor | None,
+    weight_gradient_RD: Tensor | None,
+) -> Tensor:
+    """The sum over all chunks; the gradient of the hidden states is written, that of the weight added, where given."""
+    values: list[Tensor] = []
+    device = hidden_ND.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        matrix_VD = known.matrix_VD
+        for start in range(0, len(targets_N), size):
+            part = slice(start, start + size)
+            inputs_CD = hidden_ND[part].to(known.dtype)
+            if known.multiplier != 1.0:
+                inputs_CD = inputs_CD * known.multiplier
+            value, gradient_CV = _differentiated(
+                inputs_CD, matrix_VD, known, targets_N[part], weights_N[part], objective
+            )
+            values.append(value)
+            if hidden_gradient_ND is not None:
+                torch.mul(gradient_CV @ matrix_VD, known.multiplier, out=hidden_gradient_ND[part])
+            if weight_gradient_RD is not None:
+                _add_product(weight_gradient_RD[: len(matrix_VD)], gradient_CV.T, inputs_CD)
+            del gradient_CV  # before the next chunk's logits come
+    return torch.stack(values).sum()
+
+
 def _differentiated(
     inputs_CD: Tensor,
     matrix_VD: Tensor,
-    softcap: float | None,
+    known: Projection,
     targets_C: Tensor,
     weights_C: Tensor,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
     """The sum over a chunk, and its gradient by the product of both matrices, in their dtype."""
+    softcap = known.softcap
     logits_CV = at_least_float32(inputs_CD @ matrix_VD.T)
     slope_CV: Tensor | None = None
     if softcap is not None:
         logits_CV.div_(softcap).tanh_()
         slope_CV = 1 - logits_CV.square()
         logits_CV.mul_(softcap)
-    value = objective.differentiate_(logits_CV, targets_C, weights_C.to(logits_CV.dtype))
+    value = objective.differentiate_(logits_CV, targets_C, weights_C.to(logits_CV.dtype), known.columns)
     if slope_CV is not None:
         logits_CV.mul_(slope_CV)
     return value, logits_CV.to(inputs_CD.dtype)

@@ -16,6 +16,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch, Loss, LossSum, World
 from modalities_models.coca import CoCaOutput
 from modalities_models.losses.cross_entropy import CrossEntropy
+from modalities_models.losses.projection import vocabulary_shard
 
 
 class CoCaLoss:
@@ -75,11 +76,17 @@ class CoCaLoss:
             batch: its targets, and weights or None where every target counts 1.
 
         Raises:
-            ConfigError: the model is none of this kind.
+            ConfigError: the model is none of this kind, or ranks share its head by vocabulary.
         """
         output = hidden_BTD
         if not isinstance(output, CoCaOutput):
             raise ConfigError("loss.coca compares images and texts, which only model.coca gives", about=self)
+        if vocabulary_shard(head) is not None:
+            raise ConfigError(
+                "loss.coca compares whole embeddings, whose gradients tensor parallelism would count once per rank",
+                hint="set world.auto's tp to 1",
+                about=self,
+            )
         caption = self.captioning(output.hidden_BTD, head, batch)
         if batch.weights_BT is None:
             tokens_B = torch.full_like(output.images_BE[:, 0], batch.targets_BT.shape[1], dtype=torch.float32)

@@ -14,7 +14,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch, LossSum
 from modalities_models.losses.chunked import chunked
 from modalities_models.losses.objective import Objective
-from modalities_models.losses.projection import projection
+from modalities_models.losses.projection import projection, vocabulary_shard
 
 CPU_CHUNK = 512
 """Tokens. On one CPU core chunks of 256 and 512 are the fastest in bfloat16 and float32, with vocabularies of 8,192 and
@@ -29,7 +29,8 @@ class CrossEntropy:
     """Cross entropy in nats, each target times its weight, summed; satisfies ``modalities_core.interfaces.Loss``.
 
     The log-softmax is float32 whatever the precision of the logits, also under autocast (float64 stays float64).
-    Targets of weight 0 take no part: not in the value, not in any gradient, not in the count.
+    Targets of weight 0 take no part: not in the value, not in any gradient, not in the count. Where ranks share the
+    head by vocabulary (loss parallelism) each takes only the logits of its own rows, and all have the whole value.
 
     With logits x of a token, target y, lse = log(sum_v exp(x_v)), e = label_smoothing and c = z_loss:
 
@@ -79,7 +80,8 @@ class CrossEntropy:
         """
         hidden_ND, targets_N, weights_N, tokens = flattened(hidden_BTD, batch)
         size = automatic_chunk(hidden_ND, head) if self.chunk_tokens == "auto" else self.chunk_tokens
-        if size is None or size >= len(targets_N):
+        size = len(targets_N) if size is None else min(size, len(targets_N))
+        if size == len(targets_N) and not _shares_vocabulary(head, hidden_ND):
             return LossSum(self.objective.summed(head(hidden_ND), targets_N, weights_N), tokens)
         return LossSum(chunked(hidden_ND, head, targets_N, weights_N, self.objective, size), tokens)
 
@@ -96,9 +98,15 @@ def automatic_chunk(hidden_ND: Tensor, head: nn.Module) -> int | None:
         return None
     if hidden_ND.device.type == "cpu":
         return CPU_CHUNK
-    most = max(SMALLEST_CHUNK, LOGITS_BYTES // (4 * known.vocab_size))
+    # Of the whole vocabulary also where ranks share it: their parts may differ, and their chunks must not.
+    most = max(SMALLEST_CHUNK, LOGITS_BYTES // (4 * known.columns.vocab_size))
     # Chunks of equal size: a small last one would be slow, and a second shape for kernels.
     return -(-len(hidden_ND) // -(-len(hidden_ND) // most)) if len(hidden_ND) > most else most
+
+
+def _shares_vocabulary(head: nn.Module, hidden_ND: Tensor) -> bool:
+    """Whether ranks share a head that is known to be a matrix; one that is not gathers logits when called."""
+    return vocabulary_shard(head) is not None and projection(head, hidden_ND) is not None
 
 
 def objective(component: object, label_smoothing: float, z_loss: float) -> Objective:

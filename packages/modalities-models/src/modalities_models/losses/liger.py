@@ -14,7 +14,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch, LossSum
 from modalities_models.losses.cross_entropy import flattened, objective
 from modalities_models.losses.objective import NO_IGNORED_ID, Objective
-from modalities_models.losses.projection import projection
+from modalities_models.losses.projection import projection, vocabulary_shard
 
 OLDEST = (0, 8, 2)
 """Earlier versions leave the weights of single tokens out of the gradient of the head."""
@@ -55,9 +55,17 @@ class LigerCrossEntropy:
             batch: its targets in [0, V), and weights or None where every target counts 1.
 
         Raises:
-            ConfigError: the tensors are not on a GPU, or the head does more than the kernel can.
+            ConfigError: the tensors are not on a GPU, ranks share the head by vocabulary, or it does more than the
+                kernel can.
             IndexError: a target is outside the vocabulary.
         """
+        if vocabulary_shard(head) is not None:
+            raise ConfigError(
+                "loss.liger_cross_entropy needs the whole head on every rank, but tensor parallelism splits it by "
+                "vocabulary",
+                hint="use loss.cross_entropy, which computes the same from parts; or set world.auto's tp to 1",
+                about=self,
+            )
         if hidden_BTD.device.type != "cuda":
             raise ConfigError(
                 f"loss.liger_cross_entropy runs on GPUs only, its kernels are Triton; this run is on "
@@ -73,12 +81,12 @@ class LigerCrossEntropy:
                 hint="use loss.cross_entropy, which calls the head",
                 about=self,
             )
-        weight_VD = known.weight_RD[: known.vocab_size].to(known.dtype)
+        weight_VD, vocab_size = known.matrix_VD, known.columns.vocab_size
         hidden_ND = hidden_ND.to(known.dtype) * known.multiplier
         if torch.is_grad_enabled() and not hidden_ND.requires_grad:
             # Without a gradient for its input the kernel would leave out that of the head too.
             hidden_ND = hidden_ND.detach().requires_grad_()
-        masked = _masks(targets_N, weights_N, known.vocab_size)
+        masked = _masks(targets_N, weights_N, vocab_size)
         if masked and weights_N is not None:
             targets_N, weights_N = torch.where(weights_N == 0, NO_IGNORED_ID, targets_N), None
         losses = self._kernel("sum" if weights_N is None else "none", known.softcap)(weight_VD, hidden_ND, targets_N)

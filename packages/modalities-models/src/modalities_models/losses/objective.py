@@ -7,7 +7,7 @@ With logits x_1 .. x_V of a token, target y, lse = log(sum_v exp(x_v)), label sm
 The first two terms are cross entropy with label smoothing (arXiv:1512.00567, section 7; as in
 ``torch.nn.functional.cross_entropy``), the third is the z-loss of PaLM (arXiv:2204.02311, section 5).
 
-Shape suffixes: N tokens, V vocabulary size.
+Shape suffixes: N tokens, V vocabulary size, or this rank's columns of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from modalities_models.losses.vocabulary import Columns
 
 NO_IGNORED_ID = -(2**62)
 """F.cross_entropy skips targets of -100 by default; masks are weights here, and a wrong id has to be seen."""
@@ -57,26 +59,31 @@ class Objective:
             return torch.dot(losses, weights_N.to(losses.dtype))
         return losses.sum() if self.z_loss else losses
 
-    def differentiate_(self, logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    def differentiate_(self, logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, columns: Columns) -> Tensor:
         """The same sum, its gradient written over the logits.
 
         Args:
             logits_NV: float32 or float64, overwritten with the gradient of the sum.
-            targets_N: int64 in [0, V).
+            targets_N: int64 in [0, vocabulary size).
             weights_N: of the same dtype as the logits.
+            columns: the ids that the logits are of. Where ranks have a part each, the sum is the whole one on all of
+                them, and they reduce twice.
         """
         targets_N1, weights_N1 = targets_N[:, None], weights_N[:, None]
         share = self.label_smoothing
         # Everything is taken relative to the largest logit: the small differences then keep all their digits.
-        largest_N1 = logits_NV.amax(dim=1, keepdim=True)
+        largest_N1 = columns.largest(logits_NV)
         shifted_NV = logits_NV.sub_(largest_N1)
-        losses_N1 = shifted_NV.gather(1, targets_N1).mul_(share - 1)
+        sums = [columns.at(shifted_NV, targets_N1)]
         if share:
-            losses_N1 -= share * shifted_NV.mean(dim=1, keepdim=True)
+            sums.append(shifted_NV.sum(dim=1, keepdim=True))
         exponentials_NV = shifted_NV.exp_()
-        total_N1 = exponentials_NV.sum(dim=1, keepdim=True)
+        sums.append(exponentials_NV.sum(dim=1, keepdim=True))
+        target_N1, *every_N1, total_N1 = columns.add_up(sums)
         logarithm_N1 = total_N1.log()
-        losses_N1 += logarithm_N1
+        losses_N1 = target_N1 * (share - 1) + logarithm_N1
+        if share:
+            losses_N1 -= every_N1[0] * (share / columns.vocab_size)
         factor_N1 = weights_N1 / total_N1
         if self.z_loss:
             normaliser_N1 = logarithm_N1 + largest_N1
@@ -84,9 +91,8 @@ class Objective:
             factor_N1 = factor_N1 * (1 + 2 * self.z_loss * normaliser_N1)
         gradient_NV = exponentials_NV.mul_(factor_N1)
         if share:
-            gradient_NV.sub_(weights_N1 * (share / logits_NV.shape[1]))
-        # Not scatter_add_, whose order of additions on a GPU is nobody's promise.
-        gradient_NV.scatter_(1, targets_N1, gradient_NV.gather(1, targets_N1) + weights_N1 * (share - 1))
+            gradient_NV.sub_(weights_N1 * (share / columns.vocab_size))
+        columns.add_at_(gradient_NV, targets_N1, weights_N1 * (share - 1))
         return torch.dot(losses_N1.squeeze(1), weights_N)
 
 
