@@ -30,6 +30,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import ParallelPlan, World
 from modalities_models.architecture import Architecture
 from modalities_models.counts import flops_per_token
+from modalities_models.decoder_plan import decoder_plan
 from modalities_models.head import Head, LinearHead, TiedHead
 from modalities_models.initialization import GivenWeights, Initialization, Scaled, initial_value
 from modalities_models.nn.attention_implementations import prepare
@@ -147,8 +148,8 @@ class Decoder(nn.Module):
         return [KeyValueCache(capacity or self.sequence_length, a.window(layer)) for layer in range(a.layers)]
 
     def parallel_plan(self) -> ParallelPlan:
-        """Every block is one unit of sharding, recomputation and compilation."""
-        return ParallelPlan(blocks=("blocks.*",))
+        """Blocks, and how heads, intermediate sizes and the rows of tables and head are split."""
+        return decoder_plan(self)
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's and buffer's name and whole initial value, float32 on the CPU; the same on every rank."""
@@ -175,8 +176,9 @@ class Decoder(nn.Module):
 
     def finish_step(self, world: World) -> None:
         """Even out the experts' loads after an optimizer step; see ``modalities_core.interfaces.Model``."""
-        if self._balanced:
-            balance(self._balanced, world)
+        here = [router for router in self._balanced if not router.load.is_meta]  # not those of a pipeline's other ranks
+        if here:
+            balance(here, world)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token, forward and backward (PaLM convention, arXiv:2204.02311 appendix B)."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import cast
 
 from torch import nn
 
 from modalities_core.errors import ConfigError
+from modalities_core.interfaces import Model
+from modalities_core.training.parameters import whole
 
 
 def matching(model: nn.Module, globs: Iterable[str], *, component: object = None) -> dict[str, nn.Module]:
@@ -25,20 +28,28 @@ def matching(model: nn.Module, globs: Iterable[str], *, component: object = None
         ConfigError: a glob matches nothing.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    # A rank of a pipeline may hold none of what a glob names.
+    everywhere = {name for name, _ in whole(cast(Model, model)).named_modules()}
     matched: set[str] = set()
     for glob in globs:
-        found = [name for name in modules if _matches(name, glob)]
-        if not found:
-            raise ConfigError(
-                f"the parallel plan of {type(model).__name__} names {glob!r}, which matches none of its modules",
-                hint=_near(glob, modules),
-                about=(component, "model"),
-            )
+        found = [name for name in modules if fits(name, glob)]
+        if not found and not any(fits(name, glob) for name in everywhere):
+            raise unmatched(model, glob, modules, component)
         matched.update(found)
     return {name: module for name, module in modules.items() if name in matched}
 
 
-def _matches(name: str, glob: str) -> bool:
+def unmatched(model: nn.Module, glob: str, names: Iterable[str], component: object = None) -> ConfigError:
+    """What a user is told whose model's plan has a glob that none of ``names`` matches."""
+    return ConfigError(
+        f"the parallel plan of {type(model).__name__} names {glob!r}, which matches none of its modules",
+        hint=_near(glob, names),
+        about=(component, "model"),
+    )
+
+
+def fits(name: str, glob: str) -> bool:
+    """Whether a dotted name matches a glob, part by part."""
     parts, patterns = name.split("."), glob.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 

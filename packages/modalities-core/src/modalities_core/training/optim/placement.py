@@ -35,6 +35,22 @@ def rows_of(rows: int, ranks: int, rank: int) -> range:
     return range(min(rank * each, rows), min((rank + 1) * each, rows))
 
 
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """What of a whole tensor this rank holds where it lies on the ranks as ``like`` does; a view. Nothing is sent.
+
+    What is split along the innermost axis of the mesh is cut first, and the parts then along the others, as FSDP2
+    does with what tensor parallelism left to it.
+    """
+    sharded = cast("DTensor", like)
+    mesh, part = sharded.device_mesh, whole
+    for axis, placement in reversed(list(enumerate(sharded.placements))):
+        if not placement.is_replicate():
+            dim = cast(int, getattr(placement, "dim"))  # noqa: B009  # of a class that is not public
+            rows = rows_of(part.shape[dim], mesh.size(axis), mesh.get_local_rank(axis))
+            part = part.narrow(dim, rows.start, len(rows))
+    return part
+
+
 def first_element(tensor: Tensor) -> int:
     """Place of the shard's first element in the whole tensor; 0 where it is not sharded by rows."""
     axis = row_axis(tensor)
