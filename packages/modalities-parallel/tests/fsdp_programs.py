@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_programs import Training, weights, write
+from parallel_programs import Training, main, weights, write
 from parallel_small_model import SmallModel
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -92,7 +89,4 @@ def run(cases, out, steps=3, **degrees):
 
 
 if __name__ == "__main__":
-    function, arguments, result = sys.argv[1:]
-    torch.use_deterministic_algorithms(True)
-    value = globals()[function](**json.loads(arguments))
-    Path(result).write_text(json.dumps(value))
+    main(globals())

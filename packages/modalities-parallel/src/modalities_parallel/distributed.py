@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor
 from modalities_core.errors import ConfigError, DistributedError, first_line
 from modalities_core.interfaces import Model
 from modalities_core.training.norms import norm_share
+from modalities_parallel.apart import Apart
 from modalities_parallel.environment import Launch
-from modalities_parallel.mesh import CONTEXT, REPLICATE, SHARD, Degrees, Meshes, device_meshes, place_along
+from modalities_parallel.mesh import Degrees, Meshes, device_meshes
+from modalities_parallel.sharing import some_of, unshared
 
 OTHER_RANK = "another rank has failed or hangs: look for the first error in the logs of the other ranks"
 
@@ -54,9 +56,9 @@ class Distributed:
         self.meshes: Meshes = device_meshes(self.device.type, degrees)
         self.mesh: DeviceMesh = self.meshes.whole
         self.data_size = degrees.dp_replicate * degrees.dp_shard
-        self.data_rank = place_along(self.mesh, REPLICATE) * degrees.dp_shard + place_along(self.mesh, SHARD)
+        self.data_rank = self.meshes.data_rank
         self.sequence_size = degrees.cp
-        self.sequence_rank = place_along(self.mesh, CONTEXT)
+        self.sequence_rank = self.meshes.sequence_rank
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place; ``values`` of any shape, on the device or the CPU."""
@@ -88,14 +90,19 @@ class Distributed:
         """Raise ConfigError if gradients of ``model`` would not be reduced over the ranks."""
         if self.size == 1:
             return
-        module = cast(nn.Module, model)
-        local = [name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)]
+        parameters = dict(cast(nn.Module, model).named_parameters())
+        local = [name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)]
         if local:
-            more = f" and {len(local) - 3} more" if len(local) > 3 else ""
+            raise unshared(self.meshes.degrees, some_of(local), model)
+        # A stage of a pipeline is on the ranks of its own only.
+        together = self.size // self.meshes.degrees.pp
+        strangers = {name: _ranks_of(parameter) for name, parameter in parameters.items()}
+        strangers = {name: ranks for name, ranks in strangers.items() if ranks != together}
+        if strangers:
             raise ConfigError(
-                f"{self.size} ranks would each train their own copy of {', '.join(local[:3])}{more}: nothing "
-                f"reduces their gradients",
-                hint="wrap the model in the component parallel.fsdp2",
+                f"{some_of(list(strangers))}: shared between {next(iter(strangers.values()))} ranks, but {together} "
+                f"train them ({self.meshes.degrees})",
+                hint="let parallel.fsdp2 share it out, around a model that is not sharded yet",
                 about=model,
             )
 
@@ -111,6 +118,10 @@ class Distributed:
                 content = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(content, 0, group=self._control)
         return json.loads(bytes(content.tolist()))
+
+    def apart(self) -> Apart:
+        """The same ranks, for another thread to talk to; collective."""
+        return Apart(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._timeout)))
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -176,6 +187,10 @@ def _join(place: Launch, device: torch.device, timeout: timedelta) -> None:
             hint="are all ranks started? In a shell that kept variables of an earlier launch: "
             "unset RANK WORLD_SIZE LOCAL_RANK",
         ) from error
+
+
+def _ranks_of(parameter: Tensor) -> int:
+    return cast(DTensor, parameter).device_mesh.size()
 
 
 def _replicas(gradient: DTensor) -> int:

@@ -37,6 +37,13 @@ class Degrees(NamedTuple):
     tp: int = 1
     ep: int = 1
 
+    def __str__(self) -> str:
+        """The arithmetic: the axes that matter, their product left out."""
+        shown = {name: degree for name, degree in zip(self._fields, self, strict=True) if name != EXPERTS}
+        return " x ".join(
+            f"{name} {degree}" for name, degree in shown.items() if degree > 1 or name in (REPLICATE, SHARD)
+        )
+
     @property
     def ranks(self) -> int:
         """Of the whole run."""
@@ -118,6 +125,16 @@ class Meshes(NamedTuple):
     weights: DeviceMesh
     experts: DeviceMesh | None
 
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that see different data, which are numbered along both of their axes."""
+        return place_along(self.whole, REPLICATE) * self.degrees.dp_shard + place_along(self.whole, SHARD)
+
+    @property
+    def sequence_rank(self) -> int:
+        """This rank's place among those that share the tokens of each sample."""
+        return place_along(self.whole, CONTEXT)
+
 
 def device_meshes(device_type: str, degrees: Degrees) -> Meshes:
     """The meshes of all ranks; collective.
@@ -178,15 +195,9 @@ def _left(ranks: int, fixed: dict[str, int], component: object) -> int:
 
 
 def _mismatch(ranks: int, found: Degrees, component: object) -> ConfigError:
-    shown = {
-        name: degree
-        for name, degree in zip(found._fields, found, strict=True)
-        if name != EXPERTS and (degree > 1 or name in (REPLICATE, SHARD))
-    }
     product = found.ranks
     return ConfigError(
-        f"{' x '.join(f'{name} {degree}' for name, degree in shown.items())} = {product}, "
-        f"but this run has {_ranks(ranks)}",
+        f"{found} = {product}, but this run has {_ranks(ranks)}",
         hint=f'set dp_shard to "auto", or start {_ranks(product)} (torchrun --nproc-per-node {product} on one node)',
         about=(component, SHARD),
     )

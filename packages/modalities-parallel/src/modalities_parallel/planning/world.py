@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from modalities_core.errors import ConfigError
+from modalities_parallel.sharing import unshared
 
 if TYPE_CHECKING:
     import torch
@@ -75,11 +76,7 @@ class Planned:
     def check(self, model: Model) -> None:
         """Raise ConfigError if gradients of ``model`` would not be reduced over the ranks."""
         if self.size > 1 and not hasattr(model, "sharding"):
-            raise ConfigError(
-                f"{self.size} ranks would each train their own copy of the model: nothing reduces their gradients",
-                hint="wrap the model in the component parallel.fsdp2",
-                about=model,
-            )
+            raise unshared(self.degrees, "the model", model)
 
     def broadcast(self, value: Any) -> Any:
         """``value`` itself."""
