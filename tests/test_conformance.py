@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from modalities_core.config.document import parse
 from modalities_core.config.graph import Graph
 from modalities_core.registry import registry
 from modalities_data.batch_sizes import BatchSizes
+from modalities_parallel.planning.world import planning
 
 WORLD = "{component: world.alone, device: cpu}"
 NANO = "{component: model.decoder, preset: nano, sequence_length: 32, vocab_size: 300}"
@@ -21,6 +23,11 @@ BATCHES = f"{{component: batches.shuffled, dataset: {LOREM}, world: {WORLD}, sam
 HELD_OUT = f"{{component: batches.held_out, dataset: {LOREM}, world: {WORLD}, micro_batch_size: 3}}"
 LOSS = "{component: loss.cross_entropy}"
 EXECUTOR = f"{{component: executor.plain, model: {NANO}, loss: {LOSS}, world: {WORLD}}}"
+TWO_STAGES = "{component: world.auto, pp: 2}"
+PIPELINE = (
+    f"{{component: executor.pipeline, model: {{component: parallel.fsdp2, model: {NANO}, world: {TWO_STAGES}}}, "
+    f"loss: {LOSS}, world: {TWO_STAGES}}}"
+)
 FORMAT = "{component: checkpoint_format.sharded}"
 BYTES = "{component: tokenizer.bytes}"
 VISION = "{component: model.vision_transformer, image_size: 8, patch_size: 4, hidden_size: 16, layers: 1, heads: 2}"
@@ -60,6 +67,7 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     "loss.liger_cross_entropy": ("{component: loss.liger_cross_entropy}", interfaces.Loss),
     "loss.coca": (f"{{component: loss.coca, world: {WORLD}}}", interfaces.Loss),
     "executor.plain": (EXECUTOR, interfaces.Executor),
+    "executor.pipeline": (PIPELINE, interfaces.Executor),
     "optimizer.adamw": (OPTIMIZER, torch.optim.Optimizer),
     "optimizer.adam": (f"{{component: optimizer.adam, model: {NANO}, lr: 1e-3}}", torch.optim.Optimizer),
     "optimizer.sgd": (
@@ -141,6 +149,9 @@ EXAMPLES: dict[str, tuple[str, type | None]] = {
     ),
 }
 
+# For how many ranks a component is planned, where one process by itself cannot build it.
+PLANNED = {"executor.pipeline": 2}
+
 # The package of an extra that a component needs to be built, where the development environment does not have it.
 EXTRAS = {
     "loss.liger_cross_entropy": "liger_kernel",
@@ -168,7 +179,8 @@ def test_conforms(name: str, small_data: Path) -> None:
     if name in EXTRAS:
         pytest.importorskip(EXTRAS[name])
     text, protocol = EXAMPLES[name]
-    built = build(text, small_data)
+    with planning(PLANNED[name]) if name in PLANNED else nullcontext():
+        built = build(text, small_data)
     if protocol is not None:
         assert isinstance(built, protocol)
 

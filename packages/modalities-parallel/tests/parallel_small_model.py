@@ -65,7 +65,7 @@ class SmallModel(nn.Module):
         return self.norm(hidden_BTD)
 
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(blocks=("blocks.*",))
+        return ParallelPlan(blocks=("blocks.*",), embeddings=("embedding",))
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMPONENTS: dict[str, str] = {
     "checkpoint_format.sharded": "modalities_parallel.checkpoint.sharded:Sharded",
+    "executor.pipeline": "modalities_parallel.pipeline.executor:Pipeline",
     "parallel.fsdp2": "modalities_parallel.fsdp:fsdp2",
     "precision.float8": "modalities_parallel.float8:float8",
     "recomputation.blocks": "modalities_parallel.recomputation:whole_blocks",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
-from modalities_core.training.optim.placement import own_part
 from modalities_core.interfaces import Model
+from modalities_core.training.optim.placement import own_part
 from modalities_core.training.parameters import whole
 
 
@@ -58,7 +58,9 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]], without_values:
         ConfigError: a value is missing, of another shape, or for a name the model does not have. Values of what other
             ranks of a pipeline hold are passed over.
     """
-    elsewhere = whole(cast(Model, model)).state_dict(keep_vars=True)
+    everything = whole(cast(Model, model))
+    elsewhere = {name for name, _ in everything.named_parameters(remove_duplicate=False)}
+    elsewhere |= {name for name, _ in everything.named_buffers()}
     targets = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     unfilled = {id(parameter): name for name, parameter in model.named_parameters()}
     unfilled |= {id(targets[name]): name for name in without_values if name in targets}

@@ -37,7 +37,8 @@ class CompiledBlocks:
     """
 
     def __init__(self, model: Model) -> None:
-        self._blocks = blocks_of(model)
+        # In a pipeline, those without parameters are on other ranks.
+        self._blocks = [block for block in blocks_of(model) if next(block.parameters(), None) is not None]
         self._forwards: list[Callable[..., Any]] = []
 
     @contextmanager

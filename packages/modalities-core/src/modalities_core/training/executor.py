@@ -75,6 +75,12 @@ class Plain:
     ) -> None:
         if compile not in ("auto", "blocks", "none"):
             raise ConfigError(f"compile is auto, blocks or none, not {compile!r}", about=(self, "compile"))
+        if hasattr(model, "whole_model") or getattr(getattr(world, "degrees", None), "pp", 1) > 1:
+            raise ConfigError(
+                "executor.plain runs whole models, but pp of this world cuts the model into stages",
+                hint="use executor.pipeline, or set pp of world.auto to 1",
+                about=(self, "world"),
+            )
         self.model = model
         self.loss = loss
         self.world = world

@@ -24,6 +24,15 @@ def as_module(model: Model) -> nn.Module:
     return model
 
 
+def whole(model: Model) -> nn.Module:
+    """All of the model, on the meta device, where this rank holds only some of its blocks (a pipeline); else itself.
+
+    Such a model has it as ``whole_model``, in a tuple, where ``nn.Module`` does not look. Its names are those of the
+    part that is here.
+    """
+    return getattr(model, "whole_model", (as_module(model),))[0]
+
+
 def trainable(model: Model) -> dict[str, nn.Parameter]:
     """Parameters that take gradients, each once, by name without the prefix that torch.compile adds."""
     named = as_module(model).named_parameters()
@@ -32,7 +41,7 @@ def trainable(model: Model) -> dict[str, nn.Parameter]:
 
 def parameter_count(model: Model) -> int:
     """Number of parameters over all ranks, trained or not, shared ones counted once."""
-    return sum(value.numel() for value in as_module(model).parameters())
+    return sum(value.numel() for value in whole(model).parameters())
 
 
 def on_meta(model: Model) -> bool:
@@ -59,8 +68,8 @@ def take_dtypes(model: Model, dtypes: Mapping[str, str]) -> None:
 
 
 def tensor_layout(model: Model) -> dict[str, tuple[list[int], str]]:
-    """Name to global shape and dtype of every parameter and persistent buffer; dtypes as torch names them."""
-    module = as_module(model)
+    """Name to global shape and dtype of every parameter and persistent buffer of all ranks; dtypes as torch says."""
+    module = whole(model)
     saved = module.state_dict().keys()
     named: dict[str, Tensor] = dict(module.named_parameters())
     named |= {name: buffer for name, buffer in module.named_buffers() if name in saved}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
-from modalities_core.training.parameters import trainable
+from modalities_core.training.parameters import trainable, whole
 
 NO_DECAY = ("*norm*", "*ln_*", "*bias", "*embed*", "*wte*", "*wpe*", "*positions*", "*log_scale")
 """Names of norms, biases, embeddings and single factors, which weight decay would only shrink."""
@@ -82,17 +82,20 @@ def arrange(
     parameters = trainable(model)
     if not parameters:
         raise ConfigError("the model has no parameter that takes gradients", about=model)
+    # A rank of a pipeline may hold none of what a glob names.
+    everywhere = list(trainable(cast(Model, whole(model))))
     if tuple(no_decay) != NO_DECAY:
-        refuse_unmatched(component, "no_decay", no_decay, list(parameters))
-    _check(component, groups, settings, list(parameters))
+        refuse_unmatched(component, "no_decay", no_decay, everywhere)
+    _check(component, groups, settings, everywhere)
+    taken_by = {name: _first_group(name, groups) for name in everywhere}
     members: dict[tuple[int, int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, value in parameters.items():
-        place = next((at for at, group in enumerate(groups) if matches(name, group.parameters)), -1)
+        place = taken_by[name]
         decided = place >= 0 and groups[place].weight_decay is not None
         exempt = matches(name, no_decay) and not decided
         members.setdefault((place, kind(name, value), exempt), []).append((name, value))
     for place, group in enumerate(groups):
-        if not any(key[0] == place for key in members):
+        if place not in taken_by.values():
             taken = (
                 f"groups[{place}] gets no parameter: earlier groups take all that {', '.join(group.parameters)} match"
             )
@@ -102,6 +105,11 @@ def arrange(
         own = dict(settings[which]) | (groups[place].given() if place >= 0 else {})
         arranged.append(own | ({"weight_decay": 0.0} if exempt else {}) | {"params": named})
     return arranged
+
+
+def _first_group(name: str, groups: Sequence[ParameterGroup]) -> int:
+    """The place of the group that takes a parameter; -1 where none does."""
+    return next((at for at, group in enumerate(groups) if matches(name, group.parameters)), -1)
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:
