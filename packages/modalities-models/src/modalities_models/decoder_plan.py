@@ -9,11 +9,14 @@ from modalities_core.interfaces import ParallelPlan
 if TYPE_CHECKING:
     from modalities_models.decoder import Decoder
 
+SPARSE = "feedforward.expert_parameters"
+
 
 def decoder_plan(model: Decoder) -> ParallelPlan:
     """Every block is one unit; attention is split by heads, feed-forwards by their intermediate size.
 
-    Of a mixture every expert is split, and so is what all tokens pass through; the router stays whole.
+    Of a mixture every expert is split, and so is what all tokens pass through; the router stays whole. Or its experts
+    are shared out as they are.
     """
     a = model.architecture
     norms = ("attention.query_norm", "attention.key_norm") if a.query_key_norm == "projection" else ()
@@ -27,6 +30,8 @@ def decoder_plan(model: Decoder) -> ParallelPlan:
         head_size=a.head_size,
         column_norms=_present(model, *norms),
         embeddings=("embedding",) if model.positions is None else ("embedding", "positions"),
+        # One by one: a decoder may have dense blocks as well.
+        experts=tuple(f"blocks.{n}.feedforward" for n, b in enumerate(model.blocks) if _has(b, SPARSE)),
     )
 
 

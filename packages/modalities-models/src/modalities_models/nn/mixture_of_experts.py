@@ -160,7 +160,7 @@ class Router(nn.Module):
 
 
 class SparseFeedForward(nn.Module):
-    """Router, experts and the shared feed-forward of one block.
+    """Router, experts and the shared feed-forward of one block; satisfies ``modalities_core.interfaces.Experts``.
 
     Args:
         mixture: its numbers.
@@ -174,6 +174,7 @@ class SparseFeedForward(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, inner, outer)) if shape.activation in GATED else None
         self.up = nn.Parameter(torch.empty(experts, inner, outer))
         self.down = nn.Parameter(torch.empty(experts, outer, inner))
+        self.expert_parameters: tuple[str, ...] = ("up", "down") if self.gate is None else ("gate", "up", "down")
         self.nonlinearity = NONLINEARITY[shape.activation]
         self.shared = None if mixture.shared_intermediate_size is None else dense(mixture.shared_shape(shape))
         self.shared_gate = nn.Linear(outer, 1, bias=False) if mixture.shared_gate else None
@@ -193,20 +194,30 @@ class SparseFeedForward(nn.Module):
     def _experts(self, hidden_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         sorted_R, order_R = experts_NK.flatten().sort(stable=True)
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        numbers_E = torch.arange(self.up.shape[0], device=sorted_R.device)
+        # All experts there are, of which this rank may hold some.
+        numbers_E = torch.arange(self.router.mixture.experts, device=sorted_R.device)
         ends_E = torch.searchsorted(sorted_R, numbers_E, right=True, out_int32=True)
         if self.training and self.router.balance is not None:
             # A block that something else recomputes counts twice, for all experts alike: above the mean stays above.
             self.router.load.add_(ends_E.diff(prepend=ends_E.new_zeros(1)))
         rows_RD = _Gather.apply(hidden_ND, order_R, place_R, weights_NK.shape[1])
+        given_RD = self.apply_experts(rows_RD, ends_E)
+        given_NKD = _Gather.apply(given_RD, place_R, order_R, 1).view(*weights_NK.shape, -1)
+        return torch.bmm(weights_NK.to(given_RD.dtype)[:, None], given_NKD)[:, 0]
+
+    def apply_experts(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Each row through its expert, (R, D) to (R, D); see ``modalities_core.interfaces.Experts``.
+
+        Args:
+            rows_RD: all rows of expert 0, then those of expert 1, and so on.
+            ends_E: int32, where the rows of each expert that is here end.
+        """
         inner = grouped_linear(rows_RD, self.up, ends_E)
         if self.gate is None:
             inner = self.nonlinearity(inner)
         else:
             inner = self.nonlinearity(grouped_linear(rows_RD, self.gate, ends_E)) * inner
-        given_RD = grouped_linear(inner, self.down, ends_E)
-        given_NKD = _Gather.apply(given_RD, place_R, order_R, 1).view(*weights_NK.shape, -1)
-        return torch.bmm(weights_NK.to(given_RD.dtype)[:, None], given_NKD)[:, 0]
+        return grouped_linear(inner, self.down, ends_E)
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[object]:
