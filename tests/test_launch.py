@@ -74,14 +74,18 @@ def test_a_killed_rank_is_named_and_gives_6(start_modalities, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_the_doctor_starts_ranks_that_measure_each_axis(modalities, torchrun, tmp_path: Path) -> None:
-    done = modalities("doctor", "--comm", "--nproc", 2, "--json")
+    done = modalities("doctor", "--comm", "--nproc", 2, "--json", "--cp", 2, "--ep", 2)
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
-    assert {row["operation"] for row in value["collectives"]} == {"all_reduce", "all_gather", "reduce_scatter"}
+    operations = {row["operation"] for row in value["collectives"]}
+    assert operations == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
+    assert {row["axis"] for row in value["collectives"]} == {"cp", "ep", "all"}
     assert len(value["compute_seconds"]) == 2
     wrong = modalities("doctor", "--comm", "--nproc", 2, "--dp-replicate", 3)
     assert wrong.returncode == 2
     assert "dp_replicate" in wrong.stderr
-    done = torchrun(2, "doctor", "--comm")
+    config = Path(__file__).resolve().parent.parent / "config_files" / "llama_1b_fsdp.yaml"
+    done = torchrun(2, "doctor", "--comm", "--config", config)
+    assert "dp_shard" in done.stdout, done.stderr
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank 1: matrix product") == 1, "not rank 0 alone has printed"

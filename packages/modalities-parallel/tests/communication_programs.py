@@ -15,8 +15,8 @@ from modalities_parallel.distributed import Distributed
 from modalities_parallel.world import auto
 
 
-def report(slow: int | None = None, what: str = "", dp_replicate: int = 1):
-    world = auto(dp_replicate=dp_replicate)
+def report(slow: int | None = None, what: str = "", **degrees: int):
+    world = auto(**degrees)
     assert isinstance(world, Distributed)
     if world.rank == slow and what == "compute":
         seconds_of = communication.seconds_of
@@ -33,7 +33,7 @@ def report(slow: int | None = None, what: str = "", dp_replicate: int = 1):
     if world.rank == slow and what == "clock":
         now = time.time
         pairs.time.time = lambda: now() + 100
-    found = communication.communication_test(world.mesh, torch.device("cpu"), sizes=(4096, 65536))
+    found = communication.communication_test(world.meshes, torch.device("cpu"), sizes=(4096, 65536))
     world.close()
     return found._asdict() | {"wrong_clocks": found.wrong_clocks()}
 

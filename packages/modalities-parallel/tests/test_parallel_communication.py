@@ -63,6 +63,21 @@ def test_four_ranks_on_two_axes(on_ranks) -> None:
 
 
 @pytest.mark.slow
+def test_every_axis_is_named_and_cp_and_ep_exchange(on_ranks) -> None:
+    found = on_ranks(4, REPORT, cp=2, ep=4)[0]
+    reductions = ["all_reduce", "all_gather", "reduce_scatter"]
+    expected = {
+        "dp_shard": (2, reductions),
+        "cp": (2, [*reductions, "all_to_all"]),
+        "dp_shard x cp": (4, reductions),
+        "ep": (4, [*reductions, "all_to_all"]),
+        "all": (4, reductions),
+    }
+    rows = [(axis, ranks, operation) for axis, ranks, operation, *_ in found["collectives"][::2]]
+    assert rows == [(axis, ranks, name) for axis, (ranks, names) in expected.items() for name in names]
+
+
+@pytest.mark.slow
 def test_a_clock_that_is_wrong(on_ranks) -> None:
     found = on_ranks(2, REPORT, slow=1, what="clock")[0]
     assert found["clock_offsets"][1] == pytest.approx(100, abs=1)

@@ -27,6 +27,11 @@ GIB = 1 << 30
 @click.option("--node-rank", type=int, help="Number of this node, from 0.  [default: as they come]")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where several nodes meet: a free port on node 0.")
 @click.option("--dp-replicate", type=int, default=1, show_default=True, help="Of the mesh, as in world.auto.")
+@click.option("--cp", type=int, default=1, show_default=True, help="Likewise, context parallelism.")
+@click.option("--tp", type=int, default=1, show_default=True, help="Likewise, tensor parallelism.")
+@click.option("--pp", type=int, default=1, show_default=True, help="Likewise, pipeline parallelism.")
+@click.option("--ep", type=int, default=1, show_default=True, help="Likewise, expert parallelism.")
+@click.option("--config", type=click.Path(path_type=Path), help="Take the mesh of this run's configuration instead.")
 def doctor(
     as_json: bool,
     comm: bool,
@@ -34,7 +39,8 @@ def doctor(
     nnodes: int,
     node_rank: int | None,
     rendezvous: str | None,
-    dp_replicate: int,
+    config: Path | None,
+    **mesh: int,
 ) -> int | None:
     """Tell what this machine has and what stands in the way of a run.
 
@@ -45,14 +51,17 @@ def doctor(
     Example:
         modalities doctor
         modalities doctor --comm --nproc 4 --dp-replicate 2
+        modalities doctor --comm --nproc 8 --config config_files/llama_1b_fsdp.yaml
     """
     if not comm:
         _machine(as_json)
         return None
     if "RANK" in os.environ:
-        _communicate(as_json, dp_replicate)
+        _communicate(as_json, config, mesh)
         return None
-    return _launch(as_json, nproc, nnodes, node_rank, rendezvous, dp_replicate)
+    again = [f"--{name.replace('_', '-')}={degree}" for name, degree in mesh.items()]
+    again += ["--json"] * as_json + ([] if config is None else [f"--config={config}"])
+    return _launch(again, nproc, nnodes, node_rank, rendezvous)
 
 
 def _machine(as_json: bool) -> None:
@@ -104,17 +113,15 @@ def _said(found: list[Finding]) -> Iterator[str]:
         yield f"finding: {finding.what}\n  {finding.advice}"
 
 
-def _launch(
-    as_json: bool, nproc: int | None, nnodes: int, node_rank: int | None, rendezvous: str | None, dp_replicate: int
-) -> int:
-    """Start the ranks that do the test."""
+def _launch(options: list[str], nproc: int | None, nnodes: int, node_rank: int | None, rendezvous: str | None) -> int:
+    """Start the ranks that do the test, with these options of the command."""
     from modalities_cli.launch import report
     from modalities_parallel.launch import devices, launch_ranks, nodes
 
     place, ranks = nodes(nnodes, node_rank, rendezvous), devices() if nproc is None else nproc
-    command = [sys.executable, "-P", "-m", "modalities", "doctor", "--comm", "--dp-replicate", str(dp_replicate)]
+    command = [sys.executable, "-P", "-m", "modalities", "doctor", "--comm", *options]
     with tempfile.TemporaryDirectory(prefix="modalities-doctor-") as logs:
-        cause = launch_ranks([*command, *(["--json"] if as_json else [])], ranks, Path(logs), place)
+        cause = launch_ranks(command, ranks, Path(logs), place)
         if cause is None:
             return 0
         click.echo(Path(cause.log).read_text(errors="replace") if Path(cause.log).exists() else "", err=True)
@@ -122,18 +129,19 @@ def _launch(
     return cause.process_code
 
 
-def _communicate(as_json: bool, dp_replicate: int) -> None:
+def _communicate(as_json: bool, config: Path | None, mesh: dict[str, int]) -> None:
     """The part of one rank."""
+    from modalities_cli.wiring import checked_graph
     from modalities_core.errors import ConfigError
     from modalities_parallel.communication import communication_test
     from modalities_parallel.distributed import Distributed
     from modalities_parallel.world import auto
 
-    world = auto(dp_replicate=dp_replicate)
+    world = auto(**mesh) if config is None else checked_graph(config, ()).build("trainer.world")
     try:
         if not isinstance(world, Distributed) or world.size < 2:
             raise ConfigError("one rank has nobody to talk to", hint="modalities doctor --comm --nproc 2")
-        found = communication_test(world.mesh, world.device)
+        found = communication_test(world.meshes, world.device)
         if world.rank == 0:
             click.echo(json.dumps(as_values(found), indent=2) if as_json else "\n".join(comm_lines(found)))
     finally:

@@ -1,7 +1,7 @@
 """How fast the ranks of a mesh reach each other, and which of them is slow.
 
 Bandwidth is that of the bus, as NVIDIA's nccl-tests define it (their PERFORMANCE.md): bytes per second times
-2 (n - 1) / n for an all-reduce and (n - 1) / n for the other two, so that it compares with what one link can do.
+2 (n - 1) / n for an all-reduce and (n - 1) / n for the others, so that it compares with what one link can do.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from modalities_parallel.mesh import CONTEXT, EXPERTS, SHARD, Meshes
 from modalities_parallel.pairs import all_gather, clock_offsets, pair_seconds, reduce_scatter
 
 CPU_SIZES = (4096, 1 << 20, 16 << 20)
@@ -31,9 +31,9 @@ MATRIX = {"cpu": 512, "cuda": 8192}
 class Collective(NamedTuple):
     """One operation on one axis of the mesh at one size.
 
-    axis: of the mesh, or ``all``.
+    axis: of the mesh; ``dp_shard x cp``, which weights are sharded over; or ``all``.
     ranks: in each group along it; all groups work at the same time, as in training.
-    operation: all_reduce, all_gather or reduce_scatter.
+    operation: all_reduce, all_gather or reduce_scatter; along cp and ep also all_to_all.
     bytes: of the whole tensor.
     seconds: of one operation, on the slowest rank.
     bus_bytes_per_second: see the head of this module.
@@ -78,30 +78,37 @@ class CommunicationReport(NamedTuple):
         return [rank for rank, offset in enumerate(self.clock_offsets) if abs(offset) > CLOCK_SECONDS]
 
 
-def communication_test(
-    mesh: DeviceMesh, device: torch.device, sizes: Sequence[int] | None = None
-) -> CommunicationReport:
+def communication_test(meshes: Meshes, device: torch.device, sizes: Sequence[int] | None = None) -> CommunicationReport:
     """Time the collectives of every axis, a product on every rank, and every pair; collective, seconds on a few ranks.
 
     Args:
-        mesh: over all ranks, its axes named.
+        meshes: of the world.
         device: of this rank.
         sizes: bytes of the tensors, 4 KiB to 16 MiB on the CPU and to 512 MiB on a GPU by default.
     """
     sizes = sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES)
-    names = mesh.mesh_dim_names or ()
-    groups: dict[str, Any] = {name: mesh.get_group(name) for name in names if mesh[name].size() > 1}
-    if len(groups) > 1:
-        groups["all"] = dist.group.WORLD
     collectives = [
         timed_collective(axis, group, operation, size, device)
-        for axis, group in groups.items()
-        for operation in OPERATIONS
+        for axis, group in groups_of(meshes).items()
+        for operation in (*REDUCTIONS, *(EXCHANGES if axis in (CONTEXT, EXPERTS) else ()))
         for size in sizes
     ]
     compute = gathered(product_seconds(device), device)
     pairs, offsets = pair_seconds(device), clock_offsets(device)
     return CommunicationReport(collectives, compute, pairs, offsets, slow_ranks(compute, pairs))
+
+
+def groups_of(meshes: Meshes) -> dict[str, Any]:
+    """The group of this rank along each axis that has several ranks, and all ranks where there are several axes."""
+    names = meshes.whole.mesh_dim_names or ()
+    groups: dict[str, Any] = {name: meshes.whole.get_group(name) for name in names if meshes.whole[name].size() > 1}
+    if meshes.degrees.cp > 1 and meshes.degrees.dp_shard > 1:
+        groups[f"{SHARD} x {CONTEXT}"] = meshes.weights.get_group(SHARD)
+    if meshes.experts is not None:
+        groups[EXPERTS] = meshes.experts.get_group(EXPERTS)
+    if len(groups) > 1:
+        groups["all"] = dist.group.WORLD
+    return groups
 
 
 def slow_ranks(compute: Sequence[float], pairs: Sequence[Sequence[float]]) -> list[Slow]:
@@ -150,7 +157,14 @@ def _reduce_scatter(group: Any, ranks: int, share: int, device: torch.device) ->
     return lambda: reduce_scatter(part, whole, group=group), (ranks - 1) / ranks
 
 
-OPERATIONS = {"all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+def _all_to_all(group: Any, ranks: int, share: int, device: torch.device) -> tuple[Callable[[], object], float]:
+    sent, received = torch.ones(share * ranks, device=device), torch.empty(share * ranks, device=device)
+    return lambda: dist.all_to_all_single(received, sent, group=group), (ranks - 1) / ranks
+
+
+REDUCTIONS = {"all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+EXCHANGES = {"all_to_all": _all_to_all}
+OPERATIONS = REDUCTIONS | EXCHANGES
 
 
 def product_seconds(device: torch.device) -> float:
