@@ -158,7 +158,8 @@ def test_names_of_measures():
         "held_out/code/perplexity": 2.7,
         "held_out/code/seconds": 0.5,
     }
-    assert measures(CheckpointSaved(3, Path("x"), 10, 0.5)) == {"checkpoint/bytes": 10, "checkpoint/seconds": 0.5}
+    seconds = {"checkpoint/seconds": 0.5, "checkpoint/blocked_seconds": 0.25}
+    assert measures(CheckpointSaved(3, Path("x"), 10, 0.5, 0.25)) == {"checkpoint/bytes": 10, **seconds}
     assert measures(Warned("x")) == {}
 
 

@@ -44,9 +44,9 @@ class Writer:
         draft = Manifest(
             step=step, parent_step=self.parent, seed=0, data_fingerprint="f", state={"pi": math.pi}, **numbers
         )
-        saved, warnings = self.checkpoints.save(self.shelf, self.world, self.model, self.optimizer, draft)
+        written = self.checkpoints.save(self.shelf, self.world, self.model, self.optimizer, draft)
         self.parent = step
-        return saved, warnings
+        return written.checkpoint, written.warnings
 
     def resume(self, at_step=None):
         found, warnings = self.checkpoints.find(self.shelf, self.world, at_step)

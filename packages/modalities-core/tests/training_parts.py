@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from pathlib import Path
@@ -118,6 +119,25 @@ class TorchFiles:
         model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(folder / "more" / "optimizer.pt", weights_only=True))
+
+
+class StagedFiles(TorchFiles):
+    """The same, written in the background; ``during`` is called in there before and after the files are written."""
+
+    def __init__(self, during=lambda place: None):
+        self.during = during
+
+    def stage(self, model, optimizer):
+        states = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+        def write(folder, world):
+            self.during("before")
+            torch.save(states[0], folder / "model.pt")
+            (folder / "more").mkdir()
+            torch.save(states[1], folder / "more" / "optimizer.pt")
+            self.during("after")
+
+        return write
 
 
 class Collector:

@@ -82,12 +82,18 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSaved:
-    """A checkpoint was committed."""
+    """A checkpoint was committed.
+
+    step: that it is of; where it was written in the background, training has gone on since.
+    seconds: from that step to the commit.
+    blocked_seconds: of these, those in which training stood still.
+    """
 
     step: int
     folder: Path
     bytes: int
     seconds: float
+    blocked_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,7 +297,11 @@ class Loss(Protocol):
 
 @runtime_checkable
 class World(Protocol):
-    """The processes of a run, and what one of them may ask of the others. All methods are collective."""
+    """The processes of a run, and what one of them may ask of the others. All methods are collective.
+
+    It may also have ``apart() -> World``: the same ranks, on the CPU, for another thread to talk to while this one is
+    in use. Checkpoints are written in the background only where it has.
+    """
 
     rank: int
     size: int
@@ -430,7 +434,15 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class CheckpointFormat(Protocol):
-    """How tensors lie in a checkpoint's folder. When and which is the business of the policy, not of the format."""
+    """How tensors lie in a checkpoint's folder. When and which is the business of the policy, not of the format.
+
+    It may also have ``stage(model, optimizer) -> Callable[[Path, World], None]``, for checkpoints that are written
+    while training goes on. It copies all that ``save`` would write into the memory of the host, and gives a function
+    that writes the copy as ``save`` does: in another thread, and collective among those of all ranks, which the World
+    is for. That function has ended before ``stage`` is called again. Where there is no room for the copy it raises
+    MemoryError, and the checkpoint is saved in the foreground. ``reserve(model, optimizer) -> None``, called after the
+    first step of a process, may begin to make that room.
+    """
 
     def save(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
         """Write every rank's part into the existing ``folder``, in files of any depth, fsynced; collective."""

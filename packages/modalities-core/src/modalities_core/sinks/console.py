@@ -96,7 +96,10 @@ def line(event: Event) -> str:
             quality = f"loss {event.loss:.4f}  perplexity {event.perplexity:.2f}{bits}"
             return f"step {event.step}  {event.name}: {quality}  {counts}"
         case CheckpointSaved():
-            return f"step {event.step}  saved {event.folder} ({event.bytes / 1e6:,.1f} MB, {event.seconds:.1f} s)"
+            background = event.blocked_seconds < event.seconds
+            waited = f", training waited {event.blocked_seconds:.2f} s" if background else ""
+            size = f"{event.bytes / 1e6:,.1f} MB"
+            return f"step {event.step}  saved {event.folder} ({size}, {event.seconds:.1f} s{waited})"
         case Generated():
             text = indent(printable(event.prompt + event.text), "    ", lambda line: True)
             return f"step {event.step}  sample:\n{text}"

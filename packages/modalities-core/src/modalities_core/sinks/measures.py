@@ -34,7 +34,7 @@ def measures(event: Event) -> dict[str, float]:
         found = {f"held_out/{event.name}/{field}": getattr(event, field) for field in _HELD_OUT}
         found[f"held_out/{event.name}/seconds"] = event.seconds
     elif isinstance(event, CheckpointSaved):
-        found = {"checkpoint/bytes": event.bytes, "checkpoint/seconds": event.seconds}
+        found = {f"checkpoint/{field}": getattr(event, field) for field in ("bytes", "seconds", "blocked_seconds")}
     else:
         return {}
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -1,43 +1,45 @@
-"""When a checkpoint is written, how it becomes one, and which are kept.
-
-The format's files go into a hidden neighbour of the final folder. When all ranks have written, rank 0 adds the
-manifest, makes everything durable and renames the folder: before that instant there is no checkpoint, after it there
-is a whole one. Older ones are deleted only then.
-"""
+"""When a checkpoint is written, and which are kept; in the background where that can be."""
 
 from __future__ import annotations
 
-import errno
-import os
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from modalities_core.errors import CheckpointError, ConfigError, ResourceError
-from modalities_core.files import sync_folder
+from modalities_core.errors import CheckpointError, ConfigError
 from modalities_core.interfaces import CheckpointFormat, Model, World
+from modalities_core.training.background import Background
 from modalities_core.training.collective import on_first, together
+from modalities_core.training.committing import Save
 from modalities_core.training.lineage import ABANDONED, Checkpoint, Shelf, step_name
-from modalities_core.training.manifest import (
-    Manifest,
-    TensorRecord,
-    damage,
-    manifest_from,
-    read_manifest,
-    record_files,
-    write_manifest,
-)
+from modalities_core.training.manifest import Manifest, TensorRecord, damage, manifest_from, read_manifest
 from modalities_core.training.parameters import as_module, tensor_layout
 
 SLACK_BYTES = 1 << 20
+Writer = Callable[[Path, World], None]
+"""Writes a copy of the state into a folder, in another thread, with ranks to talk to from there."""
+
+
+class Written(NamedTuple):
+    """A checkpoint that was committed.
+
+    checkpoint: where it lies, and its manifest.
+    warnings: about what could not be deleted.
+    seconds: from the call to the commit and the deletion of older ones.
+    blocked_seconds: of these, those in which training stood still.
+    """
+
+    checkpoint: Checkpoint
+    warnings: list[str]
+    seconds: float
+    blocked_seconds: float
 
 
 class Checkpoints:
@@ -47,12 +49,15 @@ class Checkpoints:
         format: how tensors lie in a checkpoint's folder.
         every: steps between two checkpoints.
         keep: valid checkpoints that stay, at least 1.
+        asynchronous: train on while a checkpoint is written: training stands still only while each rank copies its
+            part of the state into the memory of its host, which has to have room for that; where it has not, or the
+            format cannot, training waits as with ``false``. The last checkpoint of a run is always waited for.
 
     Raises:
         ConfigError: a number is out of range.
     """
 
-    def __init__(self, format: CheckpointFormat, every: int, keep: int = 3) -> None:
+    def __init__(self, format: CheckpointFormat, every: int, keep: int = 3, asynchronous: bool = True) -> None:
         if every < 1:
             raise ConfigError(f"every has to be at least 1 step, not {every}", about=(self, "every"))
         if keep < 1:
@@ -60,11 +65,15 @@ class Checkpoints:
         self.format = format
         self.every = every
         self.keep = keep
+        self.asynchronous = asynchronous
+        self._apart: tuple[World, World] | None = None
+        self._in_flight: Background[Written] | None = None
+        self._written: list[Written] = []
 
     def save(
         self, shelf: Shelf, world: World, model: Model, optimizer: torch.optim.Optimizer, draft: Manifest
-    ) -> tuple[Checkpoint, list[str]]:
-        """Write, commit, then delete what is beyond ``keep``; collective.
+    ) -> Written:
+        """Write, commit, then delete what is beyond ``keep``; waits for an earlier save; collective.
 
         Args:
             shelf: the folder of checkpoints.
@@ -73,34 +82,96 @@ class Checkpoints:
             optimizer: whose state is written.
             draft: the manifest without files, tensors, versions and commit number.
 
-        Returns:
-            The checkpoint, and warnings about what could not be deleted.
-
         Raises:
             ResourceError: the disk is full or the folder cannot be written. What was there before stays whole.
         """
-        temporary = shelf.folder / f".{step_name(draft.step)}.tmp"
-        needed = state_bytes(model, optimizer) + SLACK_BYTES
-        filled = replace(draft, tensors=_tensors(model), world_size=world.size, versions=_versions())
+        start = time.perf_counter()
+        self.settle()
+        save = Save(shelf, self.keep, _filled(draft, model, world), state_bytes(model, optimizer) + SLACK_BYTES)
+        checkpoint, warnings = save(world, lambda folder: self.format.save(folder, model, optimizer))
+        seconds = time.perf_counter() - start
+        return Written(checkpoint, warnings, seconds, seconds)
 
-        def write() -> None:
-            with _disk_errors(shelf.folder, needed):
-                self.format.save(temporary, model, optimizer)
+    def begin(
+        self,
+        shelf: Shelf,
+        world: World,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        draft: Manifest,
+        failed: Callable[[], None],
+    ) -> bool:
+        """Copy the state and write it in the background, once an earlier save has ended; collective.
 
-        def commit() -> dict[str, Any]:
-            with _disk_errors(shelf.folder, needed):
-                return asdict(_commit(shelf, temporary, filled))
+        Args:
+            shelf: as in :meth:`save`, as all but the last.
+            world: likewise.
+            model: likewise.
+            optimizer: likewise.
+            draft: likewise.
+            failed: called from another thread when the save has failed; :meth:`settle` then raises why.
 
-        try:
-            on_first(world, lambda: _prepare(shelf, temporary, needed))
-            together(world, write, "saving a checkpoint")
-            manifest = manifest_from(on_first(world, commit))
-        except Exception:
-            if world.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        warnings = on_first(world, lambda: self._retain(shelf, manifest))
-        return Checkpoint(shelf.folder / step_name(draft.step), manifest), warnings
+        Returns:
+            Whether it was begun; if not, all is as before, and :meth:`save` remains.
+        """
+        start = time.perf_counter()
+        self.settle()
+        apart = self.get_ready(world)
+        stage = getattr(self.format, "stage", None)
+        if apart is None or stage is None:
+            return False
+        save = Save(shelf, self.keep, _filled(draft, model, world), state_bytes(model, optimizer) + SLACK_BYTES)
+        staged = _staged(world, lambda: stage(model, optimizer))
+        if staged is None:
+            return False
+        write: Writer = staged
+        blocked = time.perf_counter() - start
+
+        def finish() -> Written:
+            checkpoint, warnings = save(apart, lambda folder: write(folder, apart))
+            return Written(checkpoint, warnings, time.perf_counter() - start, blocked)
+
+        self._in_flight = Background(finish, failed)
+        return True
+
+    def reserve(self, world: World, model: Model, optimizer: torch.optim.Optimizer) -> None:
+        """Let the format make room for :meth:`begin`, now that the optimizer has its state; does not wait."""
+        reserve = getattr(self.format, "reserve", None)
+        if reserve is not None and self.get_ready(world) is not None:
+            reserve(model, optimizer)
+
+    def settle(self) -> None:
+        """Wait for the save that goes on in the background, if one does; collective.
+
+        Raises:
+            Exception: what it failed of, as :meth:`save` would raise it.
+        """
+        if self._in_flight is not None:
+            self._in_flight.wait()
+            in_flight, self._in_flight = self._in_flight, None
+            self._written.append(in_flight.result())
+
+    def written(self) -> list[Written]:
+        """What was written in the background since the last call, without waiting for anything."""
+        if self._in_flight is not None and self._in_flight.done and not self._in_flight.failed:
+            self.settle()
+        written, self._written = self._written, []
+        return written
+
+    def drop(self, seconds: float) -> None:
+        """Wait for a save in the background no longer than this; then it ends with the process."""
+        if self._in_flight is not None:
+            self._in_flight.wait(seconds)
+            self._in_flight = None
+
+    def get_ready(self, world: World) -> World | None:
+        """The ranks for another thread, made at the first call; None where saves are not asynchronous; collective."""
+        apart = getattr(world, "apart", None)
+        if not self.asynchronous or apart is None or not hasattr(self.format, "stage"):
+            return None
+        if self._apart is None or self._apart[0] is not world:
+            self._apart = world, apart()
+        return self._apart[1]
 
     def load(
         self,
@@ -124,7 +195,9 @@ class Checkpoints:
         return [f"moved {name} to {ABANDONED}/, since the run goes on from step {step}" for name in moved]
 
     def find(self, shelf: Shelf, world: World, at_step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-        """:meth:`Shelf.newest_valid` as rank 0 sees it, on all ranks; collective."""
+        """:meth:`Shelf.newest_valid` as rank 0 sees it, on all ranks, after a save in the background; collective."""
+        self.get_ready(world)
+        self.settle()
 
         def search() -> tuple[dict[str, Any] | None, list[str]]:
             found, warnings = shelf.newest_valid(at_step)
@@ -135,15 +208,6 @@ class Checkpoints:
             return None, list(warnings)
         manifest = manifest_from(payload)
         return Checkpoint(shelf.folder / step_name(manifest.step), manifest), list(warnings)
-
-    def _retain(self, shelf: Shelf, manifest: Manifest) -> list[str]:
-        if clauses := shelf.problems(manifest):
-            return [f"the checkpoint of step {manifest.step} reads back damaged: {', '.join(clauses)}; kept all others"]
-        try:
-            shelf.retain(manifest, self.keep)
-        except OSError as error:
-            return [f"could not delete old checkpoints in {shelf.folder}: {error}"]
-        return []
 
 
 def load_checkpoint(
@@ -175,49 +239,24 @@ def expected_bytes(model: Model, optimizer: torch.optim.Optimizer) -> int:
     return state_bytes(model, optimizer) + moments
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written on the disk of ``folder``, which need not exist yet."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+def _filled(draft: Manifest, model: Model, world: World) -> Manifest:
+    return replace(draft, tensors=_tensors(model), world_size=world.size, versions=_versions())
 
 
-def _prepare(shelf: Shelf, temporary: Path, needed: int) -> None:
-    with _disk_errors(shelf.folder, needed):
-        shelf.folder.mkdir(parents=True, exist_ok=True)
-        shelf.sweep()
-        free = free_bytes(shelf.folder)
-        if free < needed:
-            raise ResourceError(
-                f"a checkpoint takes {_megabytes(needed)}, but the disk of {shelf.folder} has {_megabytes(free)} left",
-                hint="make room, or let the run write elsewhere; the earlier checkpoints are whole",
-            )
-        temporary.mkdir()
+def _staged(world: World, stage: Callable[[], Writer]) -> Writer | None:
+    """What ``stage`` gives; None on all ranks where the host of one has no room for it; collective."""
+    write: Writer | None = None
 
+    def attempt() -> None:
+        nonlocal write
+        try:
+            write = stage()
+        except MemoryError:
+            write = None
 
-def _commit(shelf: Shelf, temporary: Path, draft: Manifest) -> Manifest:
-    manifest = replace(draft, files=record_files(temporary), commit=shelf.next_commit())
-    write_manifest(temporary, manifest)
-    final = shelf.folder / step_name(draft.step)
-    if final.exists():
-        shelf.set_aside(final)
-    os.replace(temporary, final)
-    sync_folder(shelf.folder)
-    return manifest
-
-
-@contextmanager
-def _disk_errors(folder: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "the earlier checkpoints are whole; the unfinished one was removed"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            left = _megabytes(free_bytes(folder))
-            message = f"the disk is full: a checkpoint in {folder} takes {_megabytes(needed)}, {left} are left"
-            raise ResourceError(message, hint=hint) from error
-        raise ResourceError(f"could not write a checkpoint into {folder}: {error}", hint=hint) from error
+    together(world, attempt, "copying the state for a checkpoint")
+    lacking = world.sum(torch.tensor([float(write is None)], device=world.device)).item()
+    return None if lacking else write
 
 
 def _tensors(model: Model) -> dict[str, TensorRecord]:
@@ -230,7 +269,3 @@ def _versions() -> dict[str, str]:
     except PackageNotFoundError:
         own = "unknown"
     return {"modalities-core": own, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

@@ -85,6 +85,11 @@ class Shelf:
             self._verified[path] = current
         return found
 
+    def note_verified(self, manifest: Manifest) -> None:
+        """Remember that every byte of it was just read back."""
+        path = self.folder / step_name(manifest.step)
+        self._verified[path] = signature(path, manifest)
+
     def newest_valid(self, at_step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint of the current line whose every byte is as written, and what was passed over and why.
 

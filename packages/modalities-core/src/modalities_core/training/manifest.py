@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -118,14 +118,24 @@ def manifest_from(payload: dict[str, Any]) -> Manifest:
     return _adapter().validate_json(json.dumps(payload), strict=True)
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and checksum of every file in ``folder`` as read back from it, all of them on disk afterwards."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+def files_in(folder: Path) -> list[str]:
+    """Every file in ``folder`` by path relative to it, with slashes, the largest first."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return sorted(sizes, key=lambda name: (-sizes[name], name))
+
+
+def record_files(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    """Size and checksum of the named files in ``folder`` as read back from it; their bytes are on disk afterwards."""
     with ThreadPoolExecutor(CHECKSUM_THREADS) as pool:
-        records = list(pool.map(_record, paths))
-    for directory in sorted({path.parent for path in paths} | {folder}):
+        records = pool.map(lambda name: _record(folder / name), names)
+        return dict(zip(names, records, strict=True))
+
+
+def sync_folders(folder: Path, names: Iterable[str]) -> None:
+    """Make the names of the files in ``folder`` durable."""
+    for directory in sorted({(folder / name).parent for name in names} | {folder}):
         sync_folder(directory)
-    return {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
 
 
 def damage(folder: Path, manifest: Manifest) -> list[str]:

@@ -40,3 +40,36 @@ def most_relevant(bytes_by_kind: dict[str, int]) -> int:
         if kind in bytes_by_kind:
             return bytes_by_kind[kind]
     return 0
+
+
+def available_bytes() -> int | None:
+    """Bytes of the host's memory that this process could still take, others left alone; None where nobody tells.
+
+    What it gave back after its peak counts as taken, as it is likely to need that again.
+    """
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None
+    lines = (line.split() for line in info.read_text().splitlines())
+    found = [1024 * int(fields[1]) for fields in lines if fields[0] == "MemAvailable:"]
+    usage = memory(torch.device("cpu"))
+    free = min([*found, *_left_by_limits()])
+    return max(0, free - (usage["peak_resident"] - usage["resident"]))
+
+
+def _left_by_limits() -> list[int]:
+    """What control groups, as of containers and batch jobs, leave this process; caches of files can be given up."""
+    left = []
+    for root, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most = (root / limit).read_text().strip()
+            lines = (line.split() for line in (root / "memory.stat").read_text().splitlines())
+            caches = sum(int(fields[1]) for fields in lines if fields[0] in ("inactive_file", "active_file"))
+            if most != "max":
+                left.append(int(most) - int((root / used).read_text()) + caches)
+        except (OSError, ValueError, IndexError):
+            continue
+    return left

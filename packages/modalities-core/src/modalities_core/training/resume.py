@@ -13,8 +13,9 @@ import torch
 from modalities_core.errors import CheckpointError
 from modalities_core.interfaces import Batches, Executor, World
 from modalities_core.progress import Progress
-from modalities_core.training.checkpointing import Checkpoints, expected_bytes, free_bytes
+from modalities_core.training.checkpointing import Checkpoints, expected_bytes
 from modalities_core.training.collective import on_first
+from modalities_core.training.committing import free_bytes
 from modalities_core.training.consumption import samples_of
 from modalities_core.training.journal import STATUS
 from modalities_core.training.lineage import Shelf

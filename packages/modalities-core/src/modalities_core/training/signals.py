@@ -48,6 +48,10 @@ class StopSignals:
         """(preempted, interrupted) as numbers that can be summed over the ranks."""
         return float(self.preempted), float(self.interrupted)
 
+    def ask_to_stop(self) -> None:
+        """As if the scheduler had asked; from any thread."""
+        self.preempted = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if signal.Signals(number).name in PREEMPTING:
             self.preempted = True

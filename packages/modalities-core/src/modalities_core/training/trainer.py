@@ -21,7 +21,7 @@ from modalities_core.training.consumption import samples_of
 from modalities_core.training.evaluator import Evaluation
 from modalities_core.training.garbage import GarbageCollection
 from modalities_core.training.gradients import reduce_step
-from modalities_core.training.hooks import Saving, evaluate_due, running
+from modalities_core.training.hooks import Saving, evaluate_due, running, settled
 from modalities_core.training.journal import Journal
 from modalities_core.training.ledger import Ledger
 from modalities_core.training.lineage import Shelf
@@ -189,7 +189,7 @@ class Trainer:
             prepare(self.steps, self.batches.samples_per_step * self.batches.sequence_length)
         emit = run.journal.emit
         training = Training(run.folder, self.executor, self.world, start.progress.step, self.steps, emit)
-        with running(self.hooks, training):
+        with running(self.hooks, training), settled(self.checkpoints, run.journal):
             while True:
                 try:
                     return self._train(run, start)
@@ -204,7 +204,8 @@ class Trainer:
         forward_backward = executor.forward_backward if noise is None else noise.forward_backward
         log = StepLog(run.journal, executor, world, batches, self.steps, self.log_every, noise)
         log.restore(start.state.get("log", {}))
-        saving = Saving(self.checkpoints, run.shelf, run.journal, world, self.steps, partial(self._draft, run, log))
+        draft = partial(self._draft, run, log)
+        saving = Saving(self.checkpoints, run.shelf, run.journal, world, self.steps, draft, run.signals)
         saving.parent = start.parent_step
         judge = Judge(world.device, policy.patience, self.clip_norm, None if scaler is None else scaler.scale)
         judge.restore(policy.errors_in_row, policy.overflows_in_row)

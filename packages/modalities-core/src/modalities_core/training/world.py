@@ -49,6 +49,10 @@ class Alone:
         """``value`` itself."""
         return value
 
+    def apart(self) -> Alone:
+        """Itself on the CPU, for another thread."""
+        return Alone("cpu")
+
     def barrier(self) -> None:
         """Nobody to wait for."""
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from modalities_core.interfaces import Model
+from modalities_core.interfaces import Model, World
 from modalities_parallel.checkpoint.layout import Layout
+
+if TYPE_CHECKING:
+    from modalities_parallel.checkpoint.host_memory import HostMemory
 
 
 class Sharded:
@@ -22,6 +26,9 @@ class Sharded:
     remembers of each parameter. Learning rate, betas and other settings of the optimizer's groups are the
     configuration's, not the checkpoint's.
     """
+
+    def __init__(self) -> None:
+        self._memory: HostMemory | None = None
 
     def save(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
         """Write every rank's part into the existing ``folder``, synced to disk; collective.
@@ -33,6 +40,29 @@ class Sharded:
         from modalities_parallel.checkpoint import transfer
 
         transfer.save(folder, model, optimizer)
+
+    def stage(self, model: Model, optimizer: torch.optim.Optimizer) -> Callable[[Path, World], None]:
+        """Copy what :meth:`save` would write into the memory of the host, pinned where it comes from a GPU.
+
+        The memory is kept from one call to the next.
+
+        Returns:
+            A function that writes the copy into an existing folder, in another thread; collective among the ranks that
+            it is given. It has to end before the next call.
+
+        Raises:
+            MemoryError: the host has no room for the copy.
+            CheckpointError: the state is not made of tensors.
+        """
+        from modalities_parallel.checkpoint import transfer
+
+        return transfer.stage(self._host_memory(), model, optimizer)
+
+    def reserve(self, model: Model, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to make room for what :meth:`stage` will copy, without waiting for it."""
+        from modalities_parallel.checkpoint import transfer
+
+        self._host_memory().reserve(transfer.plan_of(model, optimizer).parts)
 
     def load(self, folder: Path, model: Model, optimizer: torch.optim.Optimizer | None) -> None:
         """Read into ``model`` and, unless None, ``optimizer``, fresh or not, under any number of ranks; collective.
@@ -67,3 +97,9 @@ class Sharded:
         from modalities_parallel.checkpoint import metadata
 
         return metadata.layout(metadata.read(folder))
+
+    def _host_memory(self) -> HostMemory:
+        from modalities_parallel.checkpoint.host_memory import HostMemory
+
+        self._memory = self._memory or HostMemory()
+        return self._memory

@@ -1,0 +1,78 @@
+"""The ranks of a run for a second thread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from modalities_core.errors import DistributedError, first_line
+from modalities_core.interfaces import Model
+
+
+class Apart:
+    """A ``World`` of the same ranks that talks over a process group of its own, on the CPU.
+
+    Two threads of a rank must not use one group: the ranks would pair their calls differently.
+
+    Args:
+        group: of all ranks, over gloo.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.data_rank, self.data_size = self.rank, self.size
+        self.sequence_rank, self.sequence_size = 0, 1
+        self.device = torch.device("cpu")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all ranks, in place; on the CPU."""
+        with self._naming("a sum"):
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def norm_share(self, parameters: Iterable[Tensor], order: float) -> Tensor:
+        """No training happens here."""
+        raise AssertionError("a second thread has no gradients")
+
+    def check(self, model: Model) -> None:
+        """No training happens here."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's ``value``, a JSON value, on every rank; the others' values are ignored."""
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([content.numel()])
+        with self._naming("a broadcast"):
+            dist.broadcast(length, 0, group=self.group)
+            if self.rank != 0:
+                content = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(content, 0, group=self.group)
+        return json.loads(bytes(content.tolist()))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(torch.zeros(1))
+
+    def apart(self) -> Apart:
+        """Itself: it is for another thread already."""
+        return self
+
+    def close(self) -> None:
+        """The world it was made by closes it."""
+
+    @contextmanager
+    def _naming(self, what: str) -> Generator[None, None, None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise DistributedError(
+                f"rank {self.rank} of {self.size} lost the others during {what} of a checkpoint: {first_line(error)}",
+                hint="another rank has failed or hangs: look for the first error in the logs of the other ranks",
+            ) from error
