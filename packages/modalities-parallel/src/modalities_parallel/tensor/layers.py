@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modalities_core.interfaces import ParallelPlan
 from modalities_core.training.plan import fits, unmatched
+from modalities_parallel.pipeline.absent import Absent
 from modalities_parallel.tensor.head import can_split
 from modalities_parallel.tensor.parameters import COPIES, ONCE, SUMMANDS, Reading, along
 
@@ -23,7 +24,7 @@ class Layers:
     projections: layers split by output features, in attention.
     outputs: layers split by input features, in attention.
     norms: over all features of a projection.
-    head: the output head; None on a pipeline's earlier stages.
+    head: the output head; None on the ranks of a pipeline that do not have it.
     splits_head: whether its rows are split.
     """
 
@@ -60,7 +61,8 @@ def find_layers(model: nn.Module, plan: ParallelPlan, *, absent: bool = False, c
             yield from names
 
     layers = Layers()
-    layers.embeddings = {name: modules[name] for name in found(plan.embeddings) if name in modules}
+    here = {name: module for name, module in modules.items() if not isinstance(module, Absent)}
+    layers.embeddings = {name: here[name] for name in found(plan.embeddings) if name in here}
     layers.norms = {name: modules[name] for name in found(plan.column_norms) if name in modules}
     attention = tuple(f"{name}." for name in found(plan.attention))
     columns, rows = list(found(plan.column)), list(found(plan.row))
@@ -73,9 +75,9 @@ def find_layers(model: nn.Module, plan: ParallelPlan, *, absent: bool = False, c
         if not any(name.startswith(f"{other}.") for other in holders if other != name)
     }
     head = getattr(model, "head", None)
-    layers.head = head if isinstance(head, nn.Module) else None
+    layers.head = head if isinstance(head, nn.Module) and not isinstance(head, Absent) else None
     layers.splits_head = layers.head is not None and can_split(layers.head)
-    head_parameters = set() if head is None else {id(value) for value in head.parameters()}
+    head_parameters = set() if layers.head is None else {id(value) for value in layers.head.parameters()}
     for name, parameter in parameters.items():
         layers.readings[name] = COPIES if id(parameter) in head_parameters else SUMMANDS
     for name in columns:

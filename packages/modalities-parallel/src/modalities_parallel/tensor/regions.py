@@ -125,7 +125,9 @@ def leave_model(tokens: Tokens, whole_head: bool) -> Callable[..., Any]:
     gathering = gather_copies if whole_head else gather
 
     def hook(model: nn.Module, arguments: Any, output: Any) -> Any:
-        return gathering(output, -2, tokens.tp) if tokens.split_by_tp else output
+        stages = getattr(model, "pipeline_stages", None)
+        ends = stages is None or stages.ends_model
+        return gathering(output, -2, tokens.tp) if tokens.split_by_tp and ends else output
 
     return hook
 

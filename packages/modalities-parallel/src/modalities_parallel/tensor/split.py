@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from modalities_core.interfaces import ParallelPlan
+from modalities_core.interfaces import Model, ParallelPlan
+from modalities_core.training.parameters import whole
 from modalities_parallel.mesh import CONTEXT, TENSOR, Meshes
 from modalities_parallel.tensor import regions
 from modalities_parallel.tensor.embedding import SplitTable, prepare_table
@@ -21,20 +22,21 @@ def split(model: nn.Module, plan: ParallelPlan, meshes: Meshes, *, component: ob
     """Leave this rank's parts of what ``plan`` names in ``model``, in place.
 
     Parameters become DTensors of the tensor-parallel ranks, and the modules that own them read plain tensors. Hooks
-    gather, sum and exchange tokens between them; see ``regions``. A model whose ``head`` is None, as those of a
-    pipeline's earlier stages are, gives each rank's own tokens, which the next stage's blocks take as they are.
+    gather, sum and exchange tokens between them; see ``regions``. Stages of a pipeline give each rank's own tokens to
+    the next one's blocks, and only the last gathers them.
 
     Args:
         model: on the meta device.
-        plan: which layers are split how; globs may match nothing where a pipeline took the modules away.
+        plan: which layers are split how.
         meshes: the world's.
         component: whose argument ``world`` errors are about.
 
     Raises:
         ConfigError: the plan does not say what is needed, or sizes do not divide; the message says which.
     """
-    layers = find_layers(model, plan, absent=meshes.degrees.pp > 1, component=component)
-    refuse(model, plan, layers, meshes.degrees, component)
+    everything = whole(cast(Model, model))
+    refuse(everything, plan, find_layers(everything, plan, component=component), meshes.degrees, component)
+    layers = find_layers(model, plan, absent=everything is not model, component=component)
     tokens = regions.Tokens(Axis.of(meshes.weights, TENSOR), Axis.of(meshes.whole, CONTEXT), component)
     model.register_forward_pre_hook(tokens.begin, with_kwargs=True)
     for table in layers.embeddings.values():
