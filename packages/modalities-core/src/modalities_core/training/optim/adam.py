@@ -12,9 +12,10 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Model
+from modalities_core.training.optim import quantized, storage
 from modalities_core.training.optim.decision import Decision, multiply
 from modalities_core.training.optim.groups import NO_DECAY, ParameterGroup, arrange, check_ranges
-from modalities_core.training.optim.placement import row_axis
+from modalities_core.training.optim.placement import ranges, splits
 from modalities_core.training.optim.shards import Rounding, ShardOptimizer, StateDtype, Work
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -161,19 +162,22 @@ def _corrections(steps: Sequence[Tensor], beta: float) -> list[Tensor]:
 
 
 def refuse_int8_of_columns(component: Callable[..., object], groups: Sequence[dict[str, Any]]) -> None:
-    """Blocks of 8-bit states lie within rows, so a parameter has to be whole or sharded by rows.
+    """Blocks of 8-bit states lie within rows, so where these are cut they have to be cut between blocks.
 
     Raises:
-        ConfigError: one is sharded in another way.
+        ConfigError: some are not.
     """
     for group in groups:
         for name, parameter in group["params"]:
-            if hasattr(parameter, "placements") and row_axis(parameter) is None:
-                if all(placement.is_replicate() for placement in parameter.placements):
-                    continue
+            if not storage.is_quantized(parameter):
+                continue
+            width = math.prod(map(len, ranges(parameter)[1:]))
+            dims = {split.dim for split in splits(parameter)} - {0}
+            if dims and (dims != {1} or width % quantized.BLOCK):
                 raise ConfigError(
-                    f"state_dtype int8 needs parameters that are sharded by rows, {name} is sharded otherwise",
-                    hint="take bf16, or no tensor parallelism",
+                    f"state_dtype int8 keeps blocks of {quantized.BLOCK} values of a row together, but the rows of "
+                    f"{name} are cut into parts of {width} values",
+                    hint="take bf16, or less tensor parallelism (tp of world.auto)",
                     about=(component, "state_dtype"),
                 )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from modalities_core.training.optim.placement import local, row_axis, rows_of
+from modalities_core.training.optim.placement import Split, rows_of, splits
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +53,8 @@ def orthogonalize_shards(parameters: Sequence[Tensor], directions: Sequence[Tens
     """:func:`orthogonalize` for shards: each rank gets its part of the result. Collective where there are ranks.
 
     Matrices that are shared out by rows go whole to one rank each, the largest first, and come back in parts; so
-    every rank does its share of the work, and the result is the same for any number of ranks.
+    every rank does its share of the work, and the result is the same for any number of ranks. What tensor parallelism
+    has split as well, by rows or columns, is put together by the ranks that share it, which then do the same work.
 
     Args:
         parameters: say how the directions are sharded.
@@ -62,31 +63,40 @@ def orthogonalize_shards(parameters: Sequence[Tensor], directions: Sequence[Tens
     results: list[Tensor | None] = [None] * len(parameters)
     shared: dict[tuple[DeviceMesh, int], list[int]] = {}
     for at, parameter in enumerate(parameters):
-        axis = row_axis(parameter)
-        if axis is not None:
-            shared.setdefault((cast("DTensor", parameter).device_mesh, axis), []).append(at)
-        elif hasattr(parameter, "placements"):
-            results[at] = _gathered_by_all(cast("DTensor", parameter), directions[at])
+        rows, _ = _ways(parameter)
+        if rows is None:
+            results[at] = _orthogonalized(directions[at], parameter)
         else:
-            results[at] = orthogonalize(as_matrices(directions[at])).view_as(directions[at])
+            shared.setdefault((cast("DTensor", parameter).device_mesh, rows.axis), []).append(at)
     for (mesh, axis), members in shared.items():
         largest_first = sorted(members, key=lambda at: -parameters[at].numel())
         ranks = mesh.size(axis)
         for start in range(0, len(members), ranks):
             some = largest_first[start : start + ranks]
-            parts = _one_each(mesh, axis, [parameters[at].shape for at in some], [directions[at] for at in some])
+            parts = _one_each(mesh, axis, [parameters[at] for at in some], [directions[at] for at in some])
             for at, part in zip(some, parts, strict=True):
                 results[at] = part
     return [cast(Tensor, result) for result in results]
 
 
-def _one_each(mesh: DeviceMesh, axis: int, shapes: Sequence[torch.Size], parts: Sequence[Tensor]) -> list[Tensor]:
+def _ways(parameter: Tensor) -> tuple[Split | None, list[Split]]:
+    """The outermost split by rows, within a matrix; and the others within one, each into equal parts.
+
+    A stack of matrices that is shared out matrix by matrix has none.
+    """
+    within = [split for split in splits(parameter) if parameter.ndim != 3 or split.dim > 0]
+    if within and within[0].dim == 0:
+        return within[0], within[1:]
+    return None, within
+
+
+def _one_each(mesh: DeviceMesh, axis: int, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
     """Send the parts of matrix i to rank i, let it work on the whole, and send the parts of the result back.
 
     Args:
         mesh: of the parameters.
         axis: along which their rows are shared out.
-        shapes: of at most as many matrices as there are ranks.
+        parameters: at most as many as there are ranks.
         parts: this rank's rows of each.
     """
     import torch.distributed as dist
@@ -94,27 +104,40 @@ def _one_each(mesh: DeviceMesh, axis: int, shapes: Sequence[torch.Size], parts: 
     ranks, rank, group = mesh.size(axis), mesh.get_local_rank(axis), mesh.get_group(axis)
     idle = [0] * (ranks - len(parts))
     outgoing = [part.numel() for part in parts] + idle
-    mine = shapes[rank] if rank < len(shapes) else torch.Size((0, 0))
+    mine = _along_axis(parameters[rank]) if rank < len(parameters) else torch.Size((0, 0))
     incoming = [len(rows_of(mine[0], ranks, other)) * math.prod(mine[1:]) for other in range(ranks)]
     sent = torch.cat([part.flatten() for part in parts])
     whole = sent.new_empty(sum(incoming))
     dist.all_to_all_single(whole, sent, incoming, outgoing, group=group)
     if whole.numel():
-        whole = orthogonalize(as_matrices(whole.view(mine))).flatten()
+        whole = _orthogonalized(whole.view(mine), parameters[rank]).flatten()
     returned = torch.empty_like(sent)
     dist.all_to_all_single(returned, whole.contiguous(), outgoing, incoming, group=group)
     return [piece.view_as(part) for piece, part in zip(returned.split(outgoing), parts, strict=False)]
 
 
-def _gathered_by_all(parameter: DTensor, part: Tensor) -> Tensor:
-    """Every rank gathers the matrix and does the same work: for sharding by columns or along several axes."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def _along_axis(parameter: Tensor) -> torch.Size:
+    """The shape of what the ranks that share its rows have together."""
+    shape = list(parameter.shape)
+    for axis, dim in _ways(parameter)[1]:
+        shape[dim] //= cast("DTensor", parameter).device_mesh.size(axis)
+    return torch.Size(shape)
 
-    mesh, placements = parameter.device_mesh, parameter.placements
-    direction = DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
-    whole = direction.full_tensor()
+
+def _orthogonalized(part: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of the result, from its part of all rows or columns."""
+    import torch.distributed as dist
+
+    if not part.numel():
+        return part
+    whole = part
+    for axis, dim in reversed(_ways(parameter)[1]):
+        mesh = cast("DTensor", parameter).device_mesh
+        parts = whole.new_empty(mesh.size(axis) * whole.shape[0], *whole.shape[1:])
+        dist.all_gather_into_tensor(parts, whole.contiguous(), group=mesh.get_group(axis))
+        whole = torch.cat(parts.chunk(mesh.size(axis)), dim)
     result = orthogonalize(as_matrices(whole)).view_as(whole)
-    # Where parameters are offloaded the mesh is of another device than they are.
-    return local(distribute_tensor(result, mesh, placements, src_data_rank=None)).to(part.device)
+    for axis, dim in _ways(parameter)[1]:
+        mesh = cast("DTensor", parameter).device_mesh
+        result = result.chunk(mesh.size(axis), dim)[mesh.get_local_rank(axis)]
+    return result

@@ -1,9 +1,12 @@
-"""Where a rank's shard lies in the whole parameter: what optimizers need to know of DTensor, and no more."""
+"""Where a rank's shard lies in the whole parameter: what optimizers need to know of DTensor, and no more.
+
+Whatever shares a parameter out, a rank's part is a block of it: a range along each dimension.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,21 +15,42 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+class Split(NamedTuple):
+    """An axis of the device mesh along which a dimension of a tensor is shared out."""
+
+    axis: int
+    dim: int
+
+
+class Elements(NamedTuple):
+    """Places of a part's elements in the whole, in their order: stretches of ``width``, ``step`` apart.
+
+    row: elements of the whole from one row, an index of the first dimension, to the next.
+    """
+
+    first: int
+    width: int
+    step: int
+    row: int
+
+    def from_row(self, row: int) -> Elements:
+        """The same from a later row of the part on."""
+        return self._replace(first=self.first + row * self.row)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; the tensor itself where it is whole."""
     return cast("DTensor", tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def row_axis(tensor: Tensor) -> int | None:
-    """The axis of the device mesh along which rows are shared out; None where a tensor is not sharded by rows.
-
-    Other axes of the mesh may hold copies. A tensor sharded in any other way is not sharded by rows.
-    """
+def splits(tensor: Tensor) -> list[Split]:
+    """How a tensor is shared out, outermost axis first; other axes of its mesh hold copies. Empty where it is whole."""
     if not hasattr(tensor, "placements"):
-        return None
+        return []
     placements = cast("DTensor", tensor).placements
-    shards = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
-    return shards[0] if len(shards) == 1 and placements[shards[0]].is_shard(0) else None
+    # Of a class that is not public where FSDP2 shards what tensor parallelism has split along the same dimension.
+    dims = [(axis, getattr(placement, "dim", 0)) for axis, placement in enumerate(placements)]
+    return [Split(axis, dim) for axis, dim in dims if not placements[axis].is_replicate()]
 
 
 def rows_of(rows: int, ranks: int, rank: int) -> range:
@@ -35,41 +59,48 @@ def rows_of(rows: int, ranks: int, rank: int) -> range:
     return range(min(rank * each, rows), min((rank + 1) * each, rows))
 
 
-def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """What of a whole tensor this rank holds where it lies on the ranks as ``like`` does; a view. Nothing is sent.
+def ranges(tensor: Tensor) -> list[range]:
+    """This rank's part of a tensor along each dimension.
 
     What is split along the innermost axis of the mesh is cut first, and the parts then along the others, as FSDP2
     does with what tensor parallelism left to it.
     """
-    sharded = cast("DTensor", like)
-    mesh, part = sharded.device_mesh, whole
-    for axis, placement in reversed(list(enumerate(sharded.placements))):
-        if not placement.is_replicate():
-            dim = cast(int, getattr(placement, "dim"))  # noqa: B009  # of a class that is not public
-            rows = rows_of(part.shape[dim], mesh.size(axis), mesh.get_local_rank(axis))
-            part = part.narrow(dim, rows.start, len(rows))
-    return part
+    found = [range(size) for size in tensor.shape]
+    for axis, dim in reversed(splits(tensor)):
+        mesh = cast("DTensor", tensor).device_mesh
+        own = rows_of(len(found[dim]), mesh.size(axis), mesh.get_local_rank(axis))
+        found[dim] = found[dim][own.start : own.stop]
+    return found
 
 
-def first_element(tensor: Tensor) -> int:
-    """Place of the shard's first element in the whole tensor; 0 where it is not sharded by rows."""
-    axis = row_axis(tensor)
-    if axis is None:
-        return 0
-    mesh = cast("DTensor", tensor).device_mesh
-    first = rows_of(tensor.shape[0], mesh.size(axis), mesh.get_local_rank(axis)).start
-    return first * math.prod(tensor.shape[1:])
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """What of a whole tensor this rank holds where it lies on the ranks as ``like`` does; a view. Nothing is sent."""
+    return whole[tuple(slice(part.start, part.stop) for part in ranges(like))]
+
+
+def elements(tensor: Tensor) -> Elements:
+    """Where the elements of this rank's part are in the whole.
+
+    Only the first dimension and one more may be shared out.
+    """
+    part, shape = ranges(tensor), tensor.shape
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    inner = max((split.dim for split in splits(tensor)), default=0)
+    first = sum(own.start * stride for own, stride in zip(part, strides, strict=True))
+    width = math.prod(len(own) for own in part[inner:])
+    return Elements(first, width, math.prod(shape[inner:]), strides[0] if strides else 1)
 
 
 def rows_like(parameter: Tensor, columns: int) -> Tensor:
-    """Zeros of shape (rows of ``parameter``, columns), float32, sharded by rows as it is."""
+    """Zeros of shape (rows of ``parameter``, columns), float32, on the ranks as its first two dimensions are."""
     zeros = torch.zeros(local(parameter).shape[0], columns, dtype=torch.float32, device=local(parameter).device)
     if not hasattr(parameter, "placements"):
         return zeros
     from torch.distributed.tensor import DTensor
 
     sharded = cast("DTensor", parameter)
-    shape = torch.Size((parameter.shape[0], columns))
+    whole = columns * math.prod(sharded.device_mesh.size(axis) for axis, dim in splits(parameter) if dim == 1)
+    shape = torch.Size((parameter.shape[0], whole))
     return DTensor.from_local(
-        zeros, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(columns, 1)
+        zeros, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(whole, 1)
     )

@@ -38,7 +38,7 @@ def keys(steps: Sequence[Tensor], salts: Tensor) -> list[Tensor]:
     return list((word - (1 << 31)).to(torch.int32).unbind())
 
 
-def round_stochastically(values: Tensor, key: Tensor, first: int, stream: int) -> Tensor:
+def round_stochastically(values: Tensor, key: Tensor, first: int, stream: int, width: int = 0, step: int = 0) -> Tensor:
     """``values`` in bfloat16, each rounded up with the probability of its distance to the value below.
 
     Values that bfloat16 has, infinities and NaN included, stay as they are.
@@ -48,8 +48,12 @@ def round_stochastically(values: Tensor, key: Tensor, first: int, stream: int) -
         key: int32 scalar, one per parameter and step.
         first: place of the first value in the whole parameter.
         stream: tells what is rounded with the same key apart, such as the parameter and its momentum.
+        width: how many values lie side by side in the whole parameter; 0 where all do.
+        step: from one such stretch of values to the next.
     """
     place = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    if width and width < values.numel():
+        place.add_(place.div(width, rounding_mode="floor").mul_(step - width))
     noise = place.mul_(_signed(_GOLDEN)).add_(key).add_(_signed((first + stream * _FIRST) * _GOLDEN))
     noise.bitwise_xor_(noise.bitwise_right_shift(15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
     noise = noise.bitwise_right_shift_(16).bitwise_and_(_LOW)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modalities_core.training.optim import rounding, storage
 from modalities_core.training.optim.decision import Decision
-from modalities_core.training.optim.placement import first_element, local
+from modalities_core.training.optim.placement import Elements, elements, local
 
 StateDtype = Literal["fp32", "bf16", "int8"]
 Rounding = Literal["nearest", "stochastic"]
@@ -33,7 +33,7 @@ class Piece:
     state: dict[str, Tensor]
     step: Tensor
     key: Tensor | None
-    first: int
+    place: Elements
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         for parameter, step, key in zip(parameters, steps, keys, strict=True):
             state = {name: local(value) for name, value in self.state[parameter].items() if name != "step"}
             assert parameter.grad is not None
-            yield Piece(local(parameter), local(parameter.grad), state, step, key, first_element(parameter))
+            yield Piece(local(parameter), local(parameter.grad), state, step, key, elements(parameter))
 
     def names_of(self, parameter: Tensor) -> tuple[str, ...]:
         """What is remembered of each element of this parameter."""
@@ -188,7 +188,8 @@ def store(stored: Tensor, value: Tensor, piece: Piece, stream: int) -> None:
     if stored is value:
         return
     if stored.dtype == torch.bfloat16 and piece.key is not None:
-        value = rounding.round_stochastically(value.contiguous(), piece.key, piece.first, stream)
+        first, width, step, _ = piece.place
+        value = rounding.round_stochastically(value.contiguous(), piece.key, first, stream, width, step)
     stored.copy_(value)
 
 
@@ -206,8 +207,7 @@ def _cut(piece: Piece) -> Iterator[Piece]:
     for start in range(0, len(parameter), rows):
         part = slice(start, start + rows)
         state = {name: value[part] for name, value in piece.state.items()}
-        first = piece.first + start * per_row
-        yield Piece(parameter[part], piece.gradient[part], state, piece.step, piece.key, first)
+        yield Piece(parameter[part], piece.gradient[part], state, piece.step, piece.key, piece.place.from_row(start))
 
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalities_core.training.optim import quantized
-from modalities_core.training.optim.placement import rows_like
+from modalities_core.training.optim.placement import local, rows_like
 
 SCALE = "_scale"
 """Ends the name of a state that holds the scales of another's blocks."""
@@ -19,11 +19,19 @@ SMALLEST_QUANTIZED = 4096
 
 def zeros(parameter: Tensor, name: str, dtype: Literal["fp32", "bf16", "int8"]) -> dict[str, Tensor]:
     """A state of zeros for a parameter, sharded as it is, under ``name`` and perhaps ``name_scale``."""
-    if dtype == "int8" and parameter.ndim > 1 and parameter.numel() >= SMALLEST_QUANTIZED:
+    if dtype == "int8" and is_quantized(parameter):
         codes = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
-        return {name: codes, name + SCALE: rows_like(parameter, quantized.blocks(math.prod(parameter.shape[1:])))}
+        return {
+            name: codes,
+            name + SCALE: rows_like(parameter, quantized.blocks(math.prod(local(parameter).shape[1:]))),
+        }
     stored = torch.bfloat16 if dtype == "bf16" else computing(parameter.dtype)
     return {name: torch.zeros_like(parameter, dtype=stored, requires_grad=False)}
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether 8-bit states of this parameter are in 8 bits indeed."""
+    return parameter.ndim > 1 and parameter.numel() >= SMALLEST_QUANTIZED
 
 
 def computing(dtype: torch.dtype) -> torch.dtype:
