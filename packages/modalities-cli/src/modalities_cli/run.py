@@ -51,6 +51,7 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path, fresh: bool = 
     from modalities_cli.run_folder import config_hash, describe
     from modalities_cli.wiring import checked_graph
     from modalities_core.errors import ModalitiesError
+    from modalities_core.training.lock import locked
 
     graph = checked_graph(config, overrides)
     trainer = graph.build("trainer")
@@ -58,9 +59,10 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path, fresh: bool = 
     try:
         if world.rank == 0:
             show_choices()
-            folder.mkdir(parents=True, exist_ok=True)
-            describe(folder, graph.document, world.size)
-        return trainer.run(folder, fresh=fresh, config_hash=config_hash(graph.document))
+        with locked(folder, world):
+            if world.rank == 0:
+                describe(folder, graph.document, world.size)
+            return trainer.run(folder, fresh=fresh, config_hash=config_hash(graph.document))
     except ModalitiesError as error:
         raise graph.place(error) from error
     finally:

@@ -25,6 +25,7 @@ from modalities_core.training.hooks import Saving, evaluate_due, running, settle
 from modalities_core.training.journal import Journal
 from modalities_core.training.ledger import Ledger
 from modalities_core.training.lineage import Shelf
+from modalities_core.training.lock import locked
 from modalities_core.training.manifest import Manifest
 from modalities_core.training.noise_scale import NoiseScale, check_noise_scale
 from modalities_core.training.non_finite import NonFinite, Policy, RollBack, check_policy
@@ -157,28 +158,30 @@ class Trainer:
             Preempted: asked to stop by SIGTERM or SIGUSR1, and saved.
             Interrupted: likewise by SIGINT.
             ResourceError: no room for a checkpoint.
+            ConfigError: another job is running in ``folder``.
         """
         if on_meta(self.executor.model):
             raise ConfigError("the model has shapes but no values: it is on the meta device", about=self.executor.model)
         folder = Path(folder)
-        journal = Journal(folder, self.world, self.sinks, self.steps)
-        try:
-            with StopSignals() as signals, GarbageCollection(self.collect_garbage_every) as garbage:
-                set_run_aside(folder, self.world, fresh)
-                policy = Policy(self.non_finite, self.most_skips, self.most_roll_backs)
-                run = Run(folder, config_hash, journal, Shelf(folder / CHECKPOINTS), signals, policy, garbage)
-                start = find_start(self, run.shelf, config_hash, None if fresh else from_step)
-                journal.step = start.progress.step
-                if start.progress.step > self.steps or start.is_done(folder, self.steps, self.world):
-                    journal.emit(Warned(f"the run has already done its {self.steps} steps; raise steps to go on"))
-                    progress = start.progress
-                else:
-                    progress = self._train_on(run, start)
-        except BaseException as error:
-            journal.end(error)
-            raise
-        journal.end()
-        return progress
+        with locked(folder, self.world):
+            journal = Journal(folder, self.world, self.sinks, self.steps)
+            try:
+                with StopSignals() as signals, GarbageCollection(self.collect_garbage_every) as garbage:
+                    set_run_aside(folder, self.world, fresh)
+                    policy = Policy(self.non_finite, self.most_skips, self.most_roll_backs)
+                    run = Run(folder, config_hash, journal, Shelf(folder / CHECKPOINTS), signals, policy, garbage)
+                    start = find_start(self, run.shelf, config_hash, None if fresh else from_step)
+                    journal.step = start.progress.step
+                    if start.progress.step > self.steps or start.is_done(folder, self.steps, self.world):
+                        journal.emit(Warned(f"the run has already done its {self.steps} steps; raise steps to go on"))
+                        progress = start.progress
+                    else:
+                        progress = self._train_on(run, start)
+            except BaseException as error:
+                journal.end(error)
+                raise
+            journal.end()
+            return progress
 
     def _train_on(self, run: Run, start: Start) -> Progress:
         """Train from ``start``, and again from each checkpoint that the policy goes back to."""
