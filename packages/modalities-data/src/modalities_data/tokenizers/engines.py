@@ -31,7 +31,7 @@ class TokenizersEngine:
     """The ``tokenizers`` library of Hugging Face: loads everything, defines what is right."""
 
     name = "tokenizers"
-    CALL_CHARACTERS = 1 << 16
+    CALL_CHARACTERS = 1 << 17
     """How much text is encoded at once: the library's encodings take some hundred bytes per token until they go."""
     LONG_CHARACTERS = 1 << 19
     """A document from here on is given the memory that was freed before it, which takes 50 to 100 ms."""
