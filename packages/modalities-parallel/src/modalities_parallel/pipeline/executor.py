@@ -68,13 +68,13 @@ class Pipeline:
         self.loss = loss
         self.world = world
         self.schedule: Name = schedule
+        self.compile = compile
         self._module = as_module(model)
         self._check(world)
         self._stages = cast(Stages, getattr(model, "pipeline_stages", None))
         half = getattr(model, "computing_dtype", None) == torch.float16
         self.scaler = GradientScaler(world.device) if half else None
         self.phases = Phases(world.device)
-        self.compile = compile
         self._compiled: CompiledBlocks | None = None
         if compile == "blocks":
             check_compile(model, world.device, self)
@@ -182,16 +182,20 @@ class Pipeline:
         return sums
 
     def _run(self, stage: int, received_BTD: Tensor | None, place: int) -> Tensor:
-        """A stage on one micro batch of the step; the last one gives the loss, with which backward begins."""
+        """A stage on one micro batch of the step; the last one gives a scalar with the gradient of the loss."""
         batch = self._micro_batches[place]
         output = self._forward(stage, received_BTD, batch)
         if not self._stages.is_last(stage):
             return output.contiguous()
-        part = self._loss(output, batch, self.loss)
+        # Backward through head and loss at once: logits are not kept while other micro batches come in between, and
+        # no schedule takes apart what a loss computes in its own way.
+        hidden_BTD = output.detach().requires_grad_()
+        part = self._loss(hidden_BTD, batch, self.loss)
+        (part.loss if self.scaler is None else part.loss * self.scaler.scale).backward()
         before = self._sums or LossSum(torch.zeros_like(part.loss), torch.zeros_like(part.tokens))
         self._sums = LossSum(before.loss + part.loss.detach(), before.tokens + part.tokens.detach())
-        loss = part.loss.float()
-        return loss if self.scaler is None else loss * self.scaler.scale
+        gradient_BTD = torch.zeros_like(output) if hidden_BTD.grad is None else hidden_BTD.grad
+        return (output * gradient_BTD).sum(dtype=torch.float32)
 
     def _forward(self, stage: int, received_BTD: Tensor | None, batch: Batch) -> Tensor:
         with self._stages.running(stage, received_BTD):
@@ -279,6 +283,20 @@ class Pipeline:
                 about=(self, "model"),
             )
         check_stages(self.schedule, sharding.stages_per_rank, self)
+        if self.schedule == "zero_bubble" and (obstacle := self._whole_backward()):
+            raise ConfigError(
+                f"zero_bubble computes the gradients of weights apart from those of hidden states, but {obstacle}",
+                hint="set schedule to interleaved_1f1b with two stages_per_rank, or to 1f1b",
+                about=(self, "schedule"),
+            )
+
+    def _whole_backward(self) -> str:
+        """Why backward cannot be taken apart, in words; empty where it can."""
+        if self.compile != "none":
+            return "compiled blocks compute both at once"
+        if any(getattr(module, "recomputing", False) for module in self._module.modules()):
+            return "recomputed blocks would have to be run once more for each"
+        return ""
 
 
 def _degree(world: World) -> int:

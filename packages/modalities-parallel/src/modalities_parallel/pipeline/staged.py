@@ -43,11 +43,6 @@ class Stages:
         self._received: Tensor | None = None
         self._replace_forward(model)
 
-    @property
-    def ends_model(self) -> bool:
-        """Whether the stage that is being run is the last one, so that the head comes next."""
-        return self._stage == self.count - 1
-
     def is_last(self, stage: int) -> bool:
         """Whether ``stage`` ends the model: its output is that of the model's forward."""
         return stage == self.count - 1
