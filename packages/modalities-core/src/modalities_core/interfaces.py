@@ -361,6 +361,8 @@ class Executor(Protocol):
 
     ``phases``, a ``modalities_core.training.throughput.Phases`` with which it times forward and backward.
 
+    ``check_micro_batches(count: int) -> None``, which raises ConfigError where it cannot take a step of so many.
+
     ``after_first: Callable[[LossSum], None] | None``, called between the first of several micro batches and the second,
     when the gradients are those of the first alone, over all ranks, with this rank's share of its sums.
     """

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from modalities_core.errors import ConfigError
-from modalities_core.interfaces import Batches, HeldOut, Model, World
+from modalities_core.interfaces import Batches, Executor, HeldOut, Model, World
+from modalities_core.training.consumption import samples_of
 from modalities_core.training.evaluator import Evaluation
 
 
@@ -24,6 +25,18 @@ def check_run(model: Model, world: World, batches: Batches, evaluations: Sequenc
         if count > 1:
             raise ConfigError(f"{count} held-out sets have the name {name!r}", hint="give each a name of its own")
     world.check(model)
+
+
+def check_micro_batches(executor: Executor, batches: Batches, world: World) -> None:
+    """Refuse steps that the executor cannot take, such as of too few micro batches for a pipeline.
+
+    Raises:
+        ConfigError: as the executor says.
+    """
+    check, size = getattr(executor, "check_micro_batches", None), getattr(batches, "micro_batch_size", None)
+    if check is not None and size is not None:
+        for samples in sorted({len(samples_of(batches, 0)), batches.samples_per_step}):
+            check(samples // (size * world.data_size))
 
 
 def check_data(model: Model, data: Batches | HeldOut, called: str) -> None:

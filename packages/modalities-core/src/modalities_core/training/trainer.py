@@ -16,7 +16,7 @@ from modalities_core.interfaces import Batches, Executor, Hook, Schedule, Sink, 
 from modalities_core.progress import Progress
 from modalities_core.training.announcement import announce
 from modalities_core.training.checkpointing import Checkpoints
-from modalities_core.training.checks import check_positive, check_run
+from modalities_core.training.checks import check_micro_batches, check_positive, check_run
 from modalities_core.training.consumption import samples_of
 from modalities_core.training.evaluator import Evaluation
 from modalities_core.training.garbage import GarbageCollection
@@ -117,6 +117,7 @@ class Trainer:
             raise ConfigError(f"norm_order is 1, 2 or infinity, not {norm_order}", about=(self, "norm_order"))
         check_policy(self, non_finite, checkpoints)
         check_run(executor.model, world, batches, evaluations)
+        check_micro_batches(executor, batches, world)
         if noise_scale:
             check_noise_scale(executor, batches, world, self)
         self.world = world
