@@ -22,8 +22,9 @@ from modalities_models.decoder import Decoder, decoder
 from modalities_models.losses.cross_entropy import CrossEntropy
 from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 from modalities_parallel.planning.devices import DEVICES, gather_seconds, replicas_seconds
+from modalities_parallel.planning.knobs import knobs, way_to_fit
 from modalities_parallel.planning.memory import optimizer_states
-from modalities_parallel.planning.run import estimated, knobs, way_to_fit
+from modalities_parallel.planning.run import estimated
 from modalities_parallel.planning.trace import trace
 from modalities_parallel.recomputation import whole_blocks
 

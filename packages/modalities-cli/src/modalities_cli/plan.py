@@ -12,7 +12,8 @@ import click
 if TYPE_CHECKING:
     from modalities_core.config.graph import Graph
     from modalities_parallel.planning.devices import Device
-    from modalities_parallel.planning.run import Estimate, Knob, PlannedRun
+    from modalities_parallel.planning.knobs import Knob
+    from modalities_parallel.planning.run import Estimate, PlannedRun
 
 DEVICE_NAMES = ("a100", "h100", "h200", "b200", "mi300x")
 GIGA = 1e9
@@ -53,7 +54,8 @@ def plan(
         modalities plan config_files/llama_1b_fsdp.yaml --devices 64 --memory 80GB
     """
     from modalities_parallel.planning.devices import DEVICES
-    from modalities_parallel.planning.run import estimated, knobs, way_to_fit
+    from modalities_parallel.planning.knobs import knobs, way_to_fit
+    from modalities_parallel.planning.run import estimated
 
     run = built(config, overrides, devices)
     kind = DEVICES[device]
@@ -95,13 +97,17 @@ def built(config: Path, overrides: tuple[str, ...], devices: int) -> PlannedRun:
             )
         optimizer = graph.build("trainer.optimizer")
         try:
-            return planned_run(executor, optimizer, *batch_sizes(graph, devices))
+            return planned_run(executor, optimizer, *batch_sizes(graph, executor.world.data_size))
         except ConfigError as error:
             raise graph.place(error) from None
 
 
-def batch_sizes(graph: Graph, devices: int) -> tuple[int, int, int]:
+def batch_sizes(graph: Graph, data_ranks: int) -> tuple[int, int, int]:
     """Micro batch size, sequence length and samples per step, as the document has them, without opening any data.
+
+    Args:
+        graph: of the run.
+        data_ranks: devices that see different data.
 
     Raises:
         ConfigError: one is not there, or micro batches of all devices do not make up a step.
@@ -118,10 +124,10 @@ def batch_sizes(graph: Graph, devices: int) -> tuple[int, int, int]:
         return value
 
     micro, samples = number("trainer.batches.micro_batch_size"), number("trainer.batches.samples_per_step")
-    if samples % (micro * devices):
+    if samples % (micro * data_ranks):
         raise ConfigError(
-            f"{devices} devices with micro batches of {micro} samples take {micro * devices} at once, which does not "
-            f"divide samples_per_step {samples}",
+            f"{data_ranks} devices with micro batches of {micro} samples take {micro * data_ranks} at once, which does "
+            f"not divide samples_per_step {samples}",
             hint="change trainer.batches.samples_per_step or micro_batch_size, or --devices",
         )
     return micro, number("trainer.batches.dataset.sequence_length"), samples
@@ -135,6 +141,7 @@ def summary(run: PlannedRun, estimate: Estimate, device: Device, limit: float) -
     return {
         "parameters": parameter_count(run.model),
         "devices": run.ranks,
+        "mesh": run.layout.degrees._asdict(),
         "device": device.name,
         "device_source": device.source,
         "memory_limit": limit,
@@ -146,6 +153,7 @@ def summary(run: PlannedRun, estimate: Estimate, device: Device, limit: float) -
         "flops_per_token": run.model.flops_per_token(run.sequence_length),
         "causal_flops_per_token": None if causal is None else causal(run.sequence_length),
         "memory": estimate.memory._asdict() | {"total": estimate.memory.total},
+        "host_memory": estimate.host,
         "seconds": estimate.time._asdict() | {"step": estimate.time.total},
         "tokens_per_second_per_device": estimate.tokens_per_second,
         "mfu": estimate.mfu,
@@ -157,15 +165,18 @@ def _lines(run: PlannedRun, estimate: Estimate, device: Device, limit: float) ->
     figures = summary(run, estimate, device, limit)
     causal = figures["causal_flops_per_token"]
     flops = f"{figures['flops_per_token']:.4g}" + ("" if causal is None else f" ({causal:.4g} causal)")
-    sizes = f"{run.samples_per_step} samples: {run.ranks} x {run.accumulation} x {run.micro_batch_size}"
+    sizes = f"{run.samples_per_step} samples: {run.data_ranks} x {run.accumulation} x {run.micro_batch_size}"
+    mesh = run.layout.degrees
+    host = [_line("of the host", f"{estimate.host / GIGA:8.2f} GB")] if estimate.host else []
     lines = [
         _line("parameters", f"{figures['parameters']:,}"),
         _line("FLOPs per token", flops),
         _line("tokens per step", f"{figures['tokens_per_step']:,} ({sizes}, of {run.sequence_length} tokens)"),
         "",
-        f"memory of one {device.name}, of {run.ranks}",
+        f"memory of one {device.name}, of {run.ranks}" + (f": {mesh}" if run.ranks > 1 else ""),
         *(_line(name, f"{size / GIGA:8.2f} GB") for name, size in estimate.memory._asdict().items() if size),
         _line("total", f"{estimate.memory.total / GIGA:8.2f} GB of {limit / GIGA:.0f} GB"),
+        *host,
         "",
         "time of a step, by roofline",
         *(_line(name, f"{seconds:8.3f} s") for name, seconds in estimate.time._asdict().items() if seconds),

@@ -9,39 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
-from modalities_parallel.planning.trace import Trace
-
-
-class Layout(NamedTuple):
-    """How a model's tensors lie on the ranks.
-
-    shards: ranks that share one copy of the model.
-    replicas: groups that hold one each.
-    wrapped: whether FSDP2 gathers weights and reduces gradients.
-    param_dtype: of the weights that forward and backward compute with.
-    reduce_dtype: of gradients on their way.
-    reshard: whether blocks free their gathered weights after the forward.
-    """
-
-    shards: int
-    replicas: int
-    wrapped: bool
-    param_dtype: torch.dtype
-    reduce_dtype: torch.dtype
-    reshard: bool
+from modalities_parallel.planning.layout import Held, Layout, RankPart
+from modalities_parallel.planning.split import Share
 
 
 class RankMemory(NamedTuple):
     """Bytes on the rank that has the most.
 
-    weights: that the optimizer sees, and buffers.
+    weights: that the optimizer sees, and buffers; offloaded ones are not here.
     gradients: of them, between backward and update.
     optimizer: what it remembers.
     copies: of the weights in the precision of the computation, where the model is not sharded.
-    gathered: weights that FSDP2 has whole: the root, the block in use and the next.
+    gathered: weights that FSDP2 has whole: the root, the units in use and those gathered ahead.
     unreduced: gradients that FSDP2 has whole, and what it sends them from; those of all weights where several micro
         batches add up before they are sent.
-    activations: held from forward to backward.
+    activations: held from forward to backward, of as many micro batches as a pipeline has under way.
     loss: logits or a chunk of them, and gradients of them.
     backward: what the backward pass holds beyond that.
     """
@@ -64,62 +46,83 @@ class RankMemory(NamedTuple):
 
 def rank_memory(
     module: nn.Module,
-    blocks: Iterable[nn.Module],
+    part: RankPart,
     states: Mapping[Tensor, int],
-    traced: Trace,
+    share: Share,
     layout: Layout,
     accumulation: int,
     weight_dtype: torch.dtype | None = None,
 ) -> RankMemory:
-    """What rank 0 holds at most.
+    """What the fullest of the ranks that have ``part`` holds at most.
 
     Args:
         module: the whole model, on the meta device.
-        blocks: its units of sharding.
+        part: of the model.
         states: bytes of the whole optimizer state of each trainable parameter.
-        traced: of one micro batch.
+        share: of one micro batch, on such a rank.
         layout: of the tensors.
         accumulation: micro batches of a step.
         weight_dtype: in which weights and gradients are stored; None is as they are.
     """
-    parameters, shards = list(module.parameters()), layout.shards
-    width = {value: (weight_dtype or value.dtype).itemsize for value in parameters}
-    weights = sum(width[value] * shared(value, shards) for value in parameters)
-    gradients = sum(width[value] * shared(value, shards) for value in parameters if value.requires_grad)
-    optimizer = sum(state * shared(value, shards) // max(1, value.numel()) for value, state in states.items())
+    stored = stored_bytes(part, states, weight_dtype)
+    if layout.offload:
+        stored = (0, 0, 0)
     buffers = sum(value.numel() * value.element_size() for value in module.buffers())
     copies = gathered = unreduced = 0
     computing = layout.param_dtype.itemsize
+    narrowest = min((_width(one, weight_dtype) for one in part.held), default=0)
     if layout.wrapped:
-        sizes = sorted((_elements(block) for block in blocks), reverse=True)
-        root = _elements(module) - sum(sizes)
+        sizes = sorted((elements(unit) for unit in part.units), reverse=True)
+        root = elements(part.root)
         largest = sizes[0] if sizes else 0
-        held = sum(sizes[:2]) if layout.reshard else sum(sizes)
+        held = sum(sizes[: 1 + max(1, layout.prefetch)]) if layout.reshard else sum(sizes)
         gathered = computing * (root + held)
         sending = layout.reduce_dtype.itemsize * max(root, largest)
-        adding = layout.reduce_dtype.itemsize * _elements(module) if accumulation > 1 else computing * root
+        adding = layout.reduce_dtype.itemsize * elements(part.held) if accumulation > 1 else computing * root
         unreduced = adding + computing * largest + sending
-    elif computing < min(width.values(), default=0):
-        copies = computing * _elements(module)
+    elif computing < narrowest:
+        copies = computing * elements(part.held)
     return RankMemory(
-        weights + buffers,
-        gradients,
-        optimizer,
+        stored[0] + buffers,
+        stored[1],
+        stored[2],
         copies,
         gathered,
         unreduced,
-        traced.activations,
-        traced.loss,
-        traced.backward,
+        share.activations,
+        share.loss,
+        share.backward,
     )
 
 
-def shared(parameter: Tensor, shards: int) -> int:
-    """Elements of a parameter on the rank that has the most: FSDP2 deals out whole rows."""
-    if shards == 1 or parameter.ndim == 0:
-        return parameter.numel()
-    rows = parameter.shape[0]
-    return -(-rows // shards) * (parameter.numel() // max(1, rows))
+def stored_bytes(
+    part: RankPart, states: Mapping[Tensor, int], weight_dtype: torch.dtype | None = None
+) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer states of one rank's shards, wherever they are.
+
+    Args:
+        part: of the model.
+        states: bytes of the whole optimizer state of each trainable parameter.
+        weight_dtype: in which weights and gradients are stored; None is as they are.
+    """
+    weights = sum(_width(one, weight_dtype) * one.sharded for one in part.held)
+    trained = [one for one in part.held if one.parameter.requires_grad]
+    gradients = sum(_width(one, weight_dtype) * one.sharded for one in trained)
+    optimizer = sum(
+        states[one.parameter] * one.sharded // max(1, one.parameter.numel())
+        for one in part.held
+        if one.parameter in states
+    )
+    return weights, gradients, optimizer
+
+
+def elements(unit: Iterable[Held]) -> int:
+    """Of a unit of FSDP2 when it is gathered."""
+    return sum(one.gathered for one in unit)
+
+
+def _width(one: Held, weight_dtype: torch.dtype | None) -> int:
+    return (weight_dtype or one.parameter.dtype).itemsize
 
 
 def optimizer_states(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
@@ -151,7 +154,3 @@ def optimizer_states(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
 
 def _state_bytes(values: Iterable[object]) -> int:
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor) and value.ndim)
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(value.numel() for value in module.parameters())
