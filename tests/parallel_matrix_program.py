@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.pipelining  # noqa: F401  # loaded here so that no run has to
+import torch.distributed.pipelining  # loaded here so that no run has to
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -56,9 +56,15 @@ def made_up(
     return InMemoryDataset(tokens, sequence_length, mask if masked else None, lengths if separate else None)
 
 
-def train(folder: str, overrides: list[str], reference: str | None = None, weights: str | None = None) -> dict:
-    """One rank of one run; how far its parameters and buffers are from the reference's, each relative to its largest element."""
-    graph = checked_graph(CONFIG, overrides)
+def train(
+    folder: str,
+    overrides: list[str],
+    config: str | Path = CONFIG,
+    reference: str | None = None,
+    weights: str | None = None,
+) -> dict:
+    """One rank of one run; how far its tensors are from a reference's, relative to the largest element."""
+    graph = checked_graph(Path(config), overrides)
     trainer = graph.build("trainer")
     trainer.run(Path(folder))
     model, world = trainer.executor.model, trainer.world

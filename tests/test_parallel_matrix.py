@@ -1,4 +1,4 @@
-"""Runs on meshes of 2 and 4 ranks learn what one process learns from the same document, and go on under other meshes.
+"""Runs on 2, 4 and 8 ranks learn what one process learns from the same document, and go on under other meshes.
 
 A case is a mesh, a feature that changes the document, and the mesh under which the run goes on from its middle. With
 ``-rP`` each says how near it came.
@@ -6,22 +6,12 @@ A case is a mesh, a feature that changes the document, and the mesh under which 
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = Path(__file__).with_name("parallel_matrix_program.py")
-MIDDLE = "checkpoints/step-00000005"
-NEAR = 1e-5
+from parallel_matrix_parts import MIDDLE, NEAR, Launcher, farthest, logged, overrides
 
 UNCLIPPED = ["trainer.clip_norm=null", "trainer.batches.micro_batch_size=4"]
 MIXTURE = (
@@ -81,65 +71,48 @@ class Case(NamedTuple):
 
 QUICK = [
     Case("dp_shard 2", "unclipped", "dp_replicate 2", off=0),
+    Case("tp 2", "tied", "dp_shard 2"),
+    Case("pp 2", "masked", "tp 2", "1f1b"),
 ]
 SLOW = [
-    Case("dp_shard 2", "tied", "dp_replicate 2 dp_shard 2"),
     Case("dp_shard 2", "muon", "", off=0),
-    Case("dp_shard 4", "masked", ""),
-    Case("dp_shard 4", "norm_1", "dp_shard 2"),
-    Case("dp_replicate 2", "norm_inf", "dp_shard 2"),
-    Case("dp_replicate 2 dp_shard 2", "documents", "dp_shard 2"),
     Case("dp_shard 2", "accumulation", "dp_shard 4"),
+    Case("dp_shard 2", "compiled", "pp 2"),
+    Case("dp_replicate 2", "norm_inf", "dp_shard 2"),
+    Case("dp_shard 4", "masked", "tp 2 dp_shard 2"),
+    Case("dp_shard 4", "norm_1", "cp 2"),
+    Case("dp_replicate 2 dp_shard 2", "documents", "cp 2 dp_shard 2"),
+    Case("dp_shard 2", "tied", "tp 2 dp_shard 2"),
+    Case("tp 2", "projection_norm", "cp 2"),
+    Case("tp 2", "soft_caps", "pp 2"),
+    Case("tp 2", "losses", ""),
+    Case("tp 2", "compiled", "dp_shard 2"),
+    Case("tp 2", "muon", "dp_shard 2"),
+    Case("tp 4", "norm_1", "dp_shard 2"),
+    Case("tp 2 dp_shard 2", "bias", "pp 2 dp_shard 2"),
+    Case("dp_replicate 2 tp 2", "masked", "dp_shard 4"),
+    Case("cp 2", "selective", "tp 2"),
+    Case("cp 2", "bias", "dp_shard 2"),
+    Case("cp 4", "gqa", "dp_shard 2"),
+    Case("cp 2 dp_shard 2", "documents", "dp_shard 4"),
+    Case("cp 2 tp 2", "gqa", "pp 2 tp 2"),
+    Case("pp 2", "unclipped", "dp_shard 2", "gpipe", off=0),
+    Case("pp 2", "norm_inf", "dp_shard 4", "interleaved_1f1b", more=("model.stages_per_rank=2",)),
+    Case("pp 2", "recomputed", "", "1f1b"),
+    Case("pp 2", "soft_caps", "cp 2", "zero_bubble"),
+    Case("pp 2", "muon", "dp_shard 2", "1f1b"),
+    Case("pp 2 dp_shard 2", "masked", "tp 2 dp_shard 2", "1f1b"),
+    Case("pp 2 dp_replicate 2", "losses", "cp 2 tp 2", "zero_bubble"),
+    Case("pp 2 tp 2", "bias", "cp 2 dp_shard 2", "gpipe"),
+    Case("pp 2 cp 2", "documents", "tp 4", "1f1b"),
+    Case("pp 4", "losses", "dp_replicate 2 tp 2", "1f1b"),
+    Case("pp 2 dp_shard 2 tp 2", "plain", "dp_replicate 2 dp_shard 2 tp 2", "1f1b"),
+    Case("dp_shard 2 ep 2", "mixture", ""),
+    Case("dp_shard 4 ep 2", "mixture", "dp_shard 2 ep 2"),
+    Case("tp 2 dp_shard 2", "mixture", "dp_shard 4 ep 4"),
+    Case("cp 2 dp_shard 2 ep 2", "mixture", "tp 2"),
+    Case("pp 2 dp_shard 2 ep 2", "mixture", "cp 2 ep 2", "1f1b"),
 ]
-
-
-def degrees(mesh: str) -> dict[str, int]:
-    words = mesh.split()
-    return {name: int(degree) for name, degree in zip(words[::2], words[1::2], strict=True)}
-
-
-def overrides(mesh: str, schedule: str = "") -> list[str]:
-    """What the document says for a mesh; a schedule is needed where it has stages."""
-    found = [f"world.{name}={degree}" for name, degree in degrees(mesh).items()]
-    return found
-
-
-def ranks(mesh: str) -> int:
-    """Of a launch; 0 is one process without a launcher. Experts have no ranks of their own."""
-    return math.prod(degree for name, degree in degrees(mesh).items() if name != "ep") if mesh else 0
-
-
-class Launcher:
-    """``parallel_matrix_program.py``, started once for all cases."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(PROGRAM)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert self._read() == "ready"
-
-    def run(self, mesh: str, folder: Path, overrides: list[str], **arguments) -> list[dict]:
-        """What each rank of a run found; its folder must not be there yet."""
-        job = {"ranks": ranks(mesh), "folder": str(folder), "overrides": overrides, "timeout": 120} | arguments
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job, default=str) + "\n")
-        self.process.stdin.flush()
-        answer = self._read()
-        logs = "\n".join(f"rank {rank}\n{log}" for rank, log in answer["logs"].items())
-        assert not any(answer["codes"]), f"exit codes {answer['codes']}\n{logs}"
-        return answer["results"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        assert self.process.wait(10) == 0
-
-    def _read(self):
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
 
 
 @pytest.fixture(scope="module")
@@ -161,35 +134,6 @@ def alone(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Calla
         return folder
 
     return run
-
-
-def logged(folder: Path) -> dict[tuple[str, int], float]:
-    """Loss and gradient norm of each step, and each evaluation."""
-    found = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["event"] == "step_logged":
-            found["loss", record["step"]] = record["loss"]
-            found["norm", record["step"]] = record["gradient_norm"]
-        elif record["event"] == "evaluated":
-            found["held out", record["step"]] = record["loss"]
-    return found
-
-
-def farthest(results: list[dict], folder: Path, reference: Path, first: int) -> tuple[float, float]:
-    """How far what was logged from the step ``first`` on, and the weights, are from those of one process."""
-    expected = {key: value for key, value in logged(reference).items() if key[1] >= first}
-    measured = {key: value for key, value in logged(folder).items() if key[1] >= first}
-    assert measured.keys() == expected.keys() and ("loss", 10) in measured
-    offs: dict[str, float] = {}
-    for result in results:
-        for name, off in result["off"].items():
-            offs[name] = max(off, offs.get(name, 0.0))
-    with np.load(reference.with_name(f"{reference.name}.npz")) as arrays:
-        assert offs.keys() == set(arrays.files), "no rank has the others"
-    off_most = max(offs, key=lambda name: offs[name])
-    print(f"farthest weights {off_most} {offs[off_most]:.1e}")
-    return max(abs(measured[key] / expected[key] - 1) for key in expected), offs[off_most]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from parallel_matrix_parts import MIDDLE, NEAR, Launcher, farthest, logged, overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config_files" / "config_lorem_ipsum.yaml"
+MODEL = ROOT / "examples" / "plugin" / "cosine_decoder.yaml"
 pytestmark = pytest.mark.slow
 
 
@@ -44,6 +47,53 @@ def test_component_and_command_of_a_plugin(plugin: dict[str, str], modalities, t
 
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def launcher(plugin: dict[str, str]) -> Iterator[Launcher]:
+    launcher = Launcher(plugin)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def alone(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the plugin's model, trained by one process."""
+    folder = tmp_path_factory.mktemp("model") / "alone"
+    launcher.run("", folder, [], config=MODEL, weights=folder.with_name("alone.npz"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mesh", "then"),
+    [
+        ("dp_shard 2", "tp 2"),
+        ("tp 2", "pp 2"),
+        ("pp 2", "dp_shard 2"),
+        ("cp 2", ""),
+        ("tp 2 dp_shard 2", "cp 2 tp 2"),
+        ("pp 2 tp 2", "cp 2 dp_shard 2"),
+    ],
+)
+def test_a_model_that_only_declares_its_plan_learns_on_any_mesh(
+    mesh: str, then: str, launcher: Launcher, alone: Path, tmp_path: Path
+) -> None:
+    assert logged(alone)["loss", 10] < logged(alone)["loss", 1] - 0.2, "nothing is learned"
+    common = {"config": MODEL, "reference": alone.with_name("alone.npz")}
+    results = launcher.run(mesh, tmp_path / "whole", overrides(mesh), **common)
+    assert max(farthest(results, tmp_path / "whole", alone, first=0)) <= NEAR
+    middle = tmp_path / "whole" / MIDDLE
+    results = launcher.run(then, tmp_path / "then", overrides(then), copy=middle, **common)
+    assert max(farthest(results, tmp_path / "then", alone, first=6)) <= NEAR
+
+
+def test_the_model_knows_no_package_but_the_interfaces() -> None:
+    source = (MODEL.parent / "src" / "modalities_example_plugin" / "model.py").read_text()
+    imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    assert {name for name in imported if name.startswith("modalities")} <= {
+        "modalities_core.errors",
+        "modalities_core.interfaces",
+    }
 
 
 def test_plugin_is_not_imported_unless_named(plugin: dict[str, str]) -> None:
