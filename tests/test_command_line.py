@@ -73,6 +73,16 @@ def test_the_good_document_passes(modalities, small_data: Path, tmp_path: Path) 
     assert "no problems found" in done.stdout
 
 
+def test_one_process_checks_a_run_for_many_devices(modalities) -> None:
+    config, mesh = ROOT / "config_files" / "config_lorem_ipsum.yaml", ["world.tp=2", "world.dp_replicate=4"]
+    done = modalities("check", config, *mesh)
+    assert done.returncode == 0, done.stderr
+    assert "devices, at least  8" in done.stdout
+    done = modalities("check", config, *mesh, "--devices", 12)
+    assert done.returncode == 2
+    assert "dp_replicate 4 x tp 2 = 8 does not divide the 12 ranks of this run" in done.stderr
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found_by_check_and_run_alike(mistake: str, small_data: Path, tmp_path: Path, capsys) -> None:
     old, new, code, message = MISTAKES[mistake]

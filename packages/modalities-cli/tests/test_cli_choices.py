@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from modalities_cli.run import show_choices
+from modalities_cli.choices import show_choices
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from modalities_core.training.plan import matching
 from modalities_parallel.environment import launch
 from modalities_parallel.mesh import Degrees, degrees
 from modalities_parallel.planning.world import Planned
-from modalities_parallel.world import auto
+from modalities_parallel.planning.world import FEWEST, planning
+from modalities_parallel.world import auto, one_process
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -193,3 +194,23 @@ def test_a_glob_without_match_names_what_is_near():
         matching(SmallModel(), ["block.*"])
     with pytest.raises(ConfigError, match="no submodules"):
         matching(nn.Identity(), ["*"])
+
+
+def test_in_one_process_every_mesh_is_this_process(monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # half a launch, which is otherwise refused
+    with one_process():
+        world = auto(tp=4, pp=2, dp_shard=3)
+    assert (type(world).__name__, world.size) == ("Alone", 1)
+    with pytest.raises(ConfigError):
+        auto(tp=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks"),
+    [({}, 1), ({"tp": 2, "pp": 4}, 8), ({"ep": 6, "cp": 4}, 12), ({"dp_shard": 3, "cp": "auto", "dp_replicate": 2}, 6)],
+)
+def test_as_few_ranks_as_a_mesh_needs(asked, ranks):
+    with planning(FEWEST):
+        assert auto(**asked).size == ranks
+    with pytest.raises(ConfigError), planning(-1):
+        pass

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-def check(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--devices", type=click.IntRange(min=1), help="Of the run.  [default: as few as its mesh needs]")
+def check(config: Path, overrides: tuple[str, ...], devices: int | None) -> None:
     """Check CONFIG without training: its form, its data, and that its parts fit together.
 
-    The whole run is built, its weights on the meta device, so nothing large is allocated.
+    The whole run is built, its weights on the meta device, so nothing large is allocated and one process stands for
+    all of its devices.
 
     \b
     Example:
@@ -26,9 +28,10 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     import torch
 
     from modalities_cli.wiring import checked_graph
+    from modalities_parallel.planning.world import FEWEST, planning
 
     graph = checked_graph(config, overrides)
-    with torch.device("meta"):
+    with torch.device("meta"), planning(devices or FEWEST):
         trainer = graph.build("trainer")
         graph.build("tokenizer")
     for name, value in summary(trainer).items():
@@ -45,7 +48,8 @@ def summary(trainer: Trainer) -> dict[str, str]:
     length = batches.sequence_length
     first = len(samples_of(batches, 0))
     growing = "" if first == batches.samples_per_step else f", {first} x {length} at first"
-    return {
+    world = {"devices, at least": f"{trainer.world.size:,}"} if trainer.world.size > 1 else {}
+    return world | {
         "parameters": f"{parameter_count(model):,}",
         "FLOPs per token": f"{model.flops_per_token(length):.3g}",
         "tokens per step": f"{batches.samples_per_step * length:,} ({batches.samples_per_step} x {length}{growing})",

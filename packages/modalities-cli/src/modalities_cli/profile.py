@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from modalities_core.config.graph import Graph
     from modalities_core.events import Event, StepLogged
     from modalities_core.interfaces import Training
     from modalities_core.training.trainer import Trainer
@@ -47,27 +48,13 @@ def profile(
     Example:
         modalities profile config_files/quickstart.yaml trainer.batches.micro_batch_size=4 --steps 5
     """
-    import gc
+    from modalities_cli.wiring import with_trainer
 
-    from modalities_cli.run import show_choices
-    from modalities_cli.wiring import checked_graph
-    from modalities_core.errors import ModalitiesError
-
-    graph = checked_graph(config, overrides)
-    trainer = graph.build("trainer")
-    world = trainer.world
-    try:
-        if world.rank == 0:
-            show_choices()
-        chosen = range(world.size) if ranks == "all" else _numbers(ranks)
+    def profiled(graph: Graph, trainer: Trainer) -> None:
+        chosen = range(trainer.world.size) if ranks == "all" else _numbers(ranks)
         _profile(trainer, steps, warmup, tuple(chosen), memory, rows, folder or Path("profiles") / config.stem)
-    except ModalitiesError as error:
-        raise graph.place(error) from error
-    finally:
-        # As in `modalities run`: sharded objects first, then the process group.
-        del trainer, graph
-        gc.collect()
-        world.close()
+
+    with_trainer(config, overrides, profiled)
 
 
 def _profile(

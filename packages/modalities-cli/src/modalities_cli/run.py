@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from modalities_core.config.graph import Graph
     from modalities_core.progress import Progress
+    from modalities_core.training.trainer import Trainer
 
 
 @click.command()
@@ -46,43 +47,14 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path, fresh: bool = 
     Raises:
         ModalitiesError: whatever a user can mend; the process group is left in order.
     """
-    import gc
-
     from modalities_cli.run_folder import config_hash, describe
-    from modalities_cli.wiring import checked_graph
-    from modalities_core.errors import ModalitiesError
+    from modalities_cli.wiring import with_trainer
     from modalities_core.training.lock import locked
 
-    graph = checked_graph(config, overrides)
-    trainer = graph.build("trainer")
-    world = trainer.world
-    try:
-        if world.rank == 0:
-            show_choices()
-        with locked(folder, world):
-            if world.rank == 0:
-                describe(folder, graph.document, world.size)
+    def run_in_folder(graph: Graph, trainer: Trainer) -> Progress:
+        with locked(folder, trainer.world):
+            if trainer.world.rank == 0:
+                describe(folder, graph.document, trainer.world.size)
             return trainer.run(folder, fresh=fresh, config_hash=config_hash(graph.document))
-    except ModalitiesError as error:
-        raise graph.place(error) from error
-    finally:
-        # Sharded objects first, then the process group: the other way round a process may abort at its exit.
-        del trainer, graph
-        gc.collect()
-        world.close()
 
-
-class _Said(logging.Handler):
-    """Prints records on standard error as it is at that moment: a progress bar may have put itself in between."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        click.echo(self.format(record), err=True)
-
-
-def show_choices() -> None:
-    """From now on show what the packages log of their choices, such as the implementation of attention."""
-    logger = logging.getLogger("modalities")
-    if not any(isinstance(handler, _Said) for handler in logger.handlers):
-        logger.addHandler(_Said())
-        logger.setLevel(logging.INFO)
+    return with_trainer(config, overrides, run_in_folder)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from modalities_cli.choices import show_choices
 from modalities_core.config.document import load
 from modalities_core.config.graph import Graph
-from modalities_core.errors import CheckpointError, ConfigError
+from modalities_core.errors import CheckpointError, ConfigError, ModalitiesError
 from modalities_core.registry import registry
+
+if TYPE_CHECKING:
+    from modalities_core.training.trainer import Trainer
+
+Result = TypeVar("Result")
 
 RESOLVED = "config.resolved.yaml"
 
@@ -46,6 +53,28 @@ def open_run(folder: Path) -> Graph:
     return checked_graph(folder / RESOLVED)
 
 
+def with_trainer(config: Path, overrides: Sequence[str], use: Callable[[Graph, Trainer], Result]) -> Result:
+    """Build the run of ``config``, use it, and let go of it in the order that its ranks need.
+
+    Raises:
+        ModalitiesError: whatever a user can mend, with its place in the document.
+    """
+    graph = checked_graph(config, overrides)
+    trainer = graph.build("trainer")
+    world = trainer.world
+    try:
+        if world.rank == 0:
+            show_choices()
+        return use(graph, trainer)
+    except ModalitiesError as error:
+        raise graph.place(error) from error
+    finally:
+        # Sharded objects first, then the process group: the other way round a process may abort at its exit.
+        del trainer, graph
+        gc.collect()
+        world.close()
+
+
 def run_of(path: Path) -> tuple[Path, int | None] | None:
     """The folder of the run that ``path`` is, or is a checkpoint of, and that checkpoint's step; None if it is neither.
 
@@ -78,11 +107,13 @@ def trained_model(graph: Graph, folder: Path, step: int | None = None, shelf: Pa
     """
     from modalities_core.training.lineage import Shelf
     from modalities_core.training.parameters import take_dtypes
+    from modalities_parallel.world import one_process
 
     found, _ = Shelf(shelf or folder / "checkpoints").newest_valid(step)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet", hint="let the run go on until it saves one")
-    model = graph.build("trainer.executor.model")
+    with one_process():
+        model = graph.build("trainer.executor.model")
     take_dtypes(model, {name: record.dtype for name, record in found.manifest.tensors.items()})
     graph.build("trainer.checkpoints.format").load(found.folder, model, None)
     return model, found.manifest.step

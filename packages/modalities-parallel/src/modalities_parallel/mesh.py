@@ -110,6 +110,13 @@ def degrees(
     return resolved
 
 
+def fewest_ranks(dp_replicate: Degree, dp_shard: Degree, cp: Degree, tp: Degree, pp: Degree, ep: int) -> int:
+    """The smallest number of ranks that ``degrees`` takes with these arguments, where any does."""
+    ranks = math.prod(degree for degree in (dp_replicate, dp_shard, cp, tp, pp) if degree != "auto")
+    # Experts need as many ranks that share the weights.
+    return ranks * (ep // math.gcd(ep, 1 if cp == "auto" else cp)) if dp_shard == "auto" and ep > 0 else ranks
+
+
 class Meshes(NamedTuple):
     """The same ranks, arranged in different ways. Axes of one rank are left out, but never the data-parallel ones.
 

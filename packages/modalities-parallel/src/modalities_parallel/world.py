@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 from modalities_core.interfaces import World
 from modalities_parallel.environment import launch
-from modalities_parallel.mesh import degrees
-from modalities_parallel.planning.world import Planned, planned_devices
+from modalities_parallel.mesh import degrees, fewest_ranks
+from modalities_parallel.planning.world import FEWEST, Planned, planned_devices
+
+_alone: ContextVar[bool] = ContextVar("one_process", default=False)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Inside, ``world.auto`` is this process alone, whatever mesh it is asked for: to read what many ranks trained."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def auto(
@@ -39,12 +54,14 @@ def auto(
     """
     asked = (dp_replicate, dp_shard, cp, tp, pp, ep)
     if (devices := planned_devices()) is not None:
-        return Planned(degrees(devices, *asked, component=auto))  # pyrefly: ignore[bad-return]
-    place = launch()
+        ranks = fewest_ranks(*asked) if devices == FEWEST else devices
+        return Planned(degrees(ranks, *asked, component=auto))  # pyrefly: ignore[bad-return]
+    place = None if _alone.get() else launch()
     if place is None:
         from modalities_core.training.world import Alone
 
-        degrees(1, *asked, component=auto)
+        if not _alone.get():
+            degrees(1, *asked, component=auto)
         return Alone()  # pyrefly: ignore[bad-return]  # it takes an attribute of type torch.device for a descriptor
     # Loaded only in a launch: DTensor takes half a second, which checking a configuration should not wait for.
     from modalities_parallel.distributed import Distributed

@@ -29,7 +29,7 @@ def matching(model: nn.Module, globs: Iterable[str], *, component: object = None
     """
     modules = {name: module for name, module in model.named_modules() if name}
     # A rank of a pipeline may hold none of what a glob names.
-    everywhere = {name for name, _ in whole(cast(Model, model)).named_modules()}
+    everywhere = {name for name, _ in whole(cast(Model, model)).named_modules() if name}
     matched: set[str] = set()
     for glob in globs:
         found = [name for name in modules if fits(name, glob)]

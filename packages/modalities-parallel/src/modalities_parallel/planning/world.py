@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from modalities_core.interfaces import Model
     from modalities_parallel.mesh import Degrees
 
+FEWEST = 0
+"""Devices: as few as the degrees of the mesh allow."""
 _devices: ContextVar[int | None] = ContextVar("planned_devices", default=None)
 
 
 def planned_devices() -> int | None:
-    """How many ranks the run that is being built is planned for; None where a run is built to be run."""
+    """How many ranks the run that is being built is planned for, or FEWEST; None where a run is built to be run."""
     return _devices.get()
 
 
@@ -30,12 +32,12 @@ def planning(devices: int) -> Iterator[None]:
     """Inside, ``world.auto`` is a ``Planned`` world of this many ranks; models are built on the meta device.
 
     Args:
-        devices: ranks, at least 1.
+        devices: ranks, at least 1, or FEWEST.
 
     Raises:
         ConfigError: there are none.
     """
-    if devices < 1:
+    if devices < 1 and devices != FEWEST:
         raise ConfigError(f"a run needs at least 1 device, not {devices}")
     token = _devices.set(devices)
     try:
