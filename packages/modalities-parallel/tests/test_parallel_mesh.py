@@ -9,8 +9,7 @@ from modalities_core.errors import ConfigError
 from modalities_core.training.plan import matching
 from modalities_parallel.environment import launch
 from modalities_parallel.mesh import Degrees, degrees
-from modalities_parallel.planning.world import Planned
-from modalities_parallel.planning.world import FEWEST, planning
+from modalities_parallel.planning.world import FEWEST, Planned, planning
 from modalities_parallel.world import auto, one_process
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
