@@ -20,6 +20,7 @@ from modalities_models.huggingface.verifying import Agreement
 from modalities_models.huggingface.wrapped_config import Description, describe
 from modalities_models.huggingface.wrapped_export import compare, export
 from modalities_models.huggingface.wrapped_head import base_name, head_of
+from modalities_models.huggingface.wrapped_plan import wrapped_plan
 from modalities_models.huggingface.wrapped_ties import replace_ties
 from modalities_models.huggingface.wrapped_weights import FolderWeights
 from modalities_models.nn.masks import positions
@@ -117,22 +118,8 @@ class HuggingFaceModel(nn.Module):
         return base(input_ids=tokens_BT, use_cache=False, return_dict=True, **apart)[0]
 
     def parallel_plan(self) -> ParallelPlan:
-        """The modules that the class says must not be split are the units of sharding; where it names none, layers."""
-        wanted = set(getattr(self.network, "_no_split_modules", None) or ())
-        found: list[str] = []
-        for name, module in self.network.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer in found)
-            if type(module).__name__ in wanted and not inside:
-                found.append(name)
-        return ParallelPlan(blocks=tuple(dict.fromkeys(_general(NETWORK + name) for name in found or self._layers())))
-
-    def _layers(self) -> list[str]:
-        """The modules of the list that holds most parameters."""
-        lists = {name: part for name, part in self.network.named_modules() if isinstance(part, nn.ModuleList)}
-        if not lists:
-            return []
-        name = max(lists, key=lambda name: sum(value.numel() for value in lists[name].parameters()))
-        return [f"{name}.{place}" for place in range(len(lists[name]))]
+        """Blocks, and for tensor parallelism what the class's own plan splits; see ``wrapped_plan``."""
+        return wrapped_plan(self.network, self._base, NETWORK)
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's and buffer's name and whole initial value on the CPU; the same on every rank."""
@@ -205,11 +192,6 @@ class HuggingFaceModel(nn.Module):
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         for name, value in self.initial_values():
             tensors[name].copy_(value)
-
-
-def _general(name: str) -> str:
-    """A module's name with every number replaced by a glob."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def huggingface(

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from modalities_parallel.pairs import all_gather, reduce_scatter
+
 
 class Axis(NamedTuple):
     """The ranks along one axis of the mesh, as one of them sees it.
@@ -51,13 +53,8 @@ def scatter(summand: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def add_up(summand: Tensor, axis: Axis) -> Tensor:
-    """The whole sum over ranks, on each of them; for use without gradients."""
-    assert not torch.is_grad_enabled(), "tokens are split where gradients are wanted"
-    if axis.size == 1:
-        return summand
-    total = summand.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=axis.group)
-    return total
+    """The whole sum over ranks, on each of them; its gradient comes in summands."""
+    return summand if axis.size == 1 else cast(Tensor, _AddUp.apply(summand, axis))
 
 
 def tokens_to_heads(projected_BtP: Tensor, axis: Axis) -> Tensor:
@@ -80,14 +77,14 @@ def heads_to_tokens(mixed_BTp: Tensor, axis: Axis) -> Tensor:
 def _gathered(part: Tensor, dim: int, axis: Axis) -> Tensor:
     part = part.contiguous()
     parts = part.new_empty(axis.size * part.shape[0], *part.shape[1:])
-    dist.all_gather_into_tensor(parts, part, group=axis.group)
+    all_gather(parts, part, group=axis.group)
     return parts if dim % part.dim() == 0 else torch.cat(parts.chunk(axis.size), dim)
 
 
 def _scattered(summand: Tensor, dim: int, axis: Axis) -> Tensor:
     parts = summand.contiguous() if dim % summand.dim() == 0 else torch.cat(summand.chunk(axis.size, dim))
     total = parts.new_empty(parts.shape[0] // axis.size, *parts.shape[1:])
-    dist.reduce_scatter_tensor(total, parts, group=axis.group)
+    reduce_scatter(total, parts, group=axis.group)
     return total
 
 
@@ -125,6 +122,17 @@ class _GatherCopies(torch.autograd.Function):
         return gradient.chunk(ctx.axis.size, ctx.dim)[ctx.axis.rank].contiguous(), None, None
 
 
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, summand: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _added_up(summand, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return _added_up(grad_outputs[0], ctx.axis), None
+
+
 class _Exchange(torch.autograd.Function):
     """Part i of every rank goes to rank i, along the first dimension: its own opposite."""
 
@@ -136,6 +144,12 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         return _exchanged(grad_outputs[0], ctx.axis), None
+
+
+def _added_up(summand: Tensor, axis: Axis) -> Tensor:
+    total = summand.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=axis.group)
+    return total
 
 
 def _exchanged(parts: Tensor, axis: Axis) -> Tensor:

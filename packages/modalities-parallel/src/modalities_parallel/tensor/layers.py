@@ -20,7 +20,9 @@ class Layers:
 
     readings: of every parameter.
     regions: modules that directly hold a split layer and are in no other such module.
+    first_block: entered with the hidden states of all tokens; None on the ranks of a pipeline that do not have it.
     embeddings: tables.
+    columns: layers and parameters split by output features.
     projections: layers split by output features, in attention.
     outputs: layers split by input features, in attention.
     norms: over all features of a projection.
@@ -30,7 +32,9 @@ class Layers:
 
     readings: dict[str, Reading] = field(default_factory=dict)
     regions: dict[str, nn.Module] = field(default_factory=dict)
+    first_block: nn.Module | None = None
     embeddings: dict[str, nn.Module] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
     projections: dict[str, nn.Module] = field(default_factory=dict)
     outputs: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
@@ -63,9 +67,12 @@ def find_layers(model: nn.Module, plan: ParallelPlan, *, absent: bool = False, c
     layers = Layers()
     here = {name: module for name, module in modules.items() if not isinstance(module, Absent)}
     layers.embeddings = {name: here[name] for name in found(plan.embeddings) if name in here}
+    blocks = set(found(plan.blocks))
+    layers.first_block = here.get(next((name for name in modules if name in blocks), ""))
     layers.norms = {name: modules[name] for name in found(plan.column_norms) if name in modules}
     attention = tuple(f"{name}." for name in found(plan.attention))
     columns, rows = list(found(plan.column)), list(found(plan.row))
+    layers.columns = tuple(columns)
     layers.projections = {name: modules[name] for name in columns if name.startswith(attention) and name in modules}
     layers.outputs = {name: modules[name] for name in rows if name.startswith(attention) and name in modules}
     holders = sorted({name.rpartition(".")[0] for name in (*columns, *rows)})
@@ -78,6 +85,8 @@ def find_layers(model: nn.Module, plan: ParallelPlan, *, absent: bool = False, c
     layers.head = head if isinstance(head, nn.Module) and not isinstance(head, Absent) else None
     layers.splits_head = layers.head is not None and can_split(layers.head)
     head_parameters = set() if layers.head is None else {id(value) for value in layers.head.parameters()}
+    if layers.splits_head:
+        head_parameters.add(id(getattr(layers.head, "weight", None)))  # tied, it is another module's
     for name, parameter in parameters.items():
         layers.readings[name] = COPIES if id(parameter) in head_parameters else SUMMANDS
     for name in columns:

@@ -30,8 +30,8 @@ def refuse(model: nn.Module, plan: ParallelPlan, layers: Layers, degrees: Degree
 def _obstacles(model: nn.Module, plan: ParallelPlan, layers: Layers, degrees: Degrees) -> Iterator[tuple[str, str]]:
     kind, axis = type(model).__name__, "tp" if degrees.tp > 1 else "cp"
     needed = {
-        "tp": ("column", "row", "embeddings"),
-        "cp": ("column", "row", "attention", "head_size", "embeddings"),
+        "tp": ("blocks", "column", "row", "embeddings"),
+        "cp": ("blocks", "column", "row", "attention", "head_size"),
     }
     for field in dict.fromkeys((*(needed["tp"] if degrees.tp > 1 else ()), *(needed["cp"] if degrees.cp > 1 else ()))):
         if not getattr(plan, field):
@@ -49,6 +49,12 @@ def _obstacles(model: nn.Module, plan: ParallelPlan, layers: Layers, degrees: De
 
 
 def _uneven_heads(plan: ParallelPlan, layers: Layers, degrees: Degrees) -> Iterator[tuple[str, str]]:
+    for name, region in layers.regions.items():
+        # Attention that the plan does not name as such, as it cannot exchange heads, but says how wide they are.
+        if isinstance(size := getattr(region, "head_dim", None), int):
+            for child, layer in region.named_children():
+                if f"{name}.{child}" in layers.columns and (heads := _weight(layer).shape[-2] // size) % degrees.tp:
+                    yield _few_heads(f"{name}.{child}", heads, degrees.tp)
     size = plan.head_size
     if not size:
         return
@@ -65,10 +71,14 @@ def _uneven_heads(plan: ParallelPlan, layers: Layers, degrees: Degrees) -> Itera
     for name, layer in layers.projections.items():
         heads = _weight(layer).shape[-2] // size
         if heads % degrees.tp:
-            yield (
-                f"the {heads} heads that {name} gives cannot be shared out among tp {degrees.tp} ranks",
-                f"tp must divide {heads}: {_divisors(heads)}",
-            )
+            yield _few_heads(name, heads, degrees.tp)
+
+
+def _few_heads(name: str, heads: int, tp: int) -> tuple[str, str]:
+    return (
+        f"the {heads} heads that {name} gives cannot be shared out among tp {tp} ranks",
+        f"tp must divide {heads}: {_divisors(heads)}",
+    )
 
 
 def _uneven_parameters(model: nn.Module, layers: Layers, tp: int) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """What happens to tokens on their way through a model that is split: they are gathered, summed and exchanged by hooks.
 
-Between regions each rank holds T / (cp * tp) tokens, cp outermost. A region, attention or feed-forward, is entered
-with the T / cp tokens of its context-parallel rank, and left with each tensor-parallel rank's own tokens of the sum.
-Inside of attention the projections turn tokens into heads and back (Ulysses, arXiv:2309.14509).
+From the first block on each rank holds T / (cp * tp) tokens, cp outermost. A region, attention or feed-forward, is
+entered with the T / cp tokens of its context-parallel rank, and left with each tensor-parallel rank's own tokens of
+the sum. Inside of attention the projections turn tokens into heads and back (Ulysses, arXiv:2309.14509).
 
 Method: tensor parallelism (Megatron-LM, arXiv:1909.08053) with sequence parallelism (arXiv:2205.05198).
 """
@@ -67,9 +67,13 @@ class Tokens:
         if tp > 1 and not self.split_by_tp and torch.is_grad_enabled():
             raise self._refused(length, "cp x tp" if cp > 1 else "tp", cp * tp)
 
-    def own(self, tokens: Tensor) -> Tensor:
-        """Those of this context-parallel rank, along the last dimension."""
-        return tokens.chunk(self.cp.size, -1)[self.cp.rank] if self.split_by_cp else tokens
+    def own(self, hidden: Tensor) -> Tensor:
+        """This rank's tokens, along the last dimension but one."""
+        if self.split_by_cp:
+            hidden = hidden.chunk(self.cp.size, -2)[self.cp.rank]
+        if self.split_by_tp:
+            hidden = hidden.chunk(self.tp.size, -2)[self.tp.rank]
+        return hidden.contiguous()
 
     def leave(self, summand: Tensor) -> Tensor:
         """From summands of all tokens to this tensor-parallel rank's tokens of their sum."""
@@ -83,10 +87,13 @@ class Tokens:
         )
 
 
-def cut_ids(tokens: Tokens) -> Callable[..., Any]:
-    """Hook before a table is looked up: only this context-parallel rank's tokens are."""
+def enter_blocks(tokens: Tokens) -> Callable[..., Any]:
+    """Hook before the first block: what came of the embeddings, for all tokens, is cut.
 
-    def hook(table: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    Not before, as what else a model makes of them, such as a mask, may be made for as many tokens as they have.
+    """
+
+    def hook(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         return _first_tensor(arguments, keywords, tokens.own)
 
     return hook

@@ -39,8 +39,8 @@ def split(model: nn.Module, plan: ParallelPlan, meshes: Meshes, *, component: ob
     layers = find_layers(model, plan, absent=everything is not model, component=component)
     tokens = regions.Tokens(Axis.of(meshes.weights, TENSOR), Axis.of(meshes.whole, CONTEXT), component)
     model.register_forward_pre_hook(tokens.begin, with_kwargs=True)
-    for table in layers.embeddings.values():
-        table.register_forward_pre_hook(regions.cut_ids(tokens), with_kwargs=True)
+    if layers.first_block is not None:
+        layers.first_block.register_forward_pre_hook(regions.enter_blocks(tokens), with_kwargs=True)
     if tokens.tp.size > 1:
         _distribute(model, layers, meshes, tokens)
         _gather_and_sum(model, layers, tokens)
@@ -70,7 +70,7 @@ def _distribute(model: nn.Module, layers: Layers, meshes: Meshes, tokens: region
                 parts[id(parameter)] = distribute(parameter, mesh, reading.placement)
             module._parameters[attribute] = parts[id(parameter)]
         if name in layers.embeddings:
-            prepare_table(module, tokens, rows[name])
+            prepare_table(module, tokens.tp, rows[name])
             read_parts(module, readings, tokens.tp.rank, SplitTable)
         elif readings:
             read_parts(module, readings, tokens.tp.rank)

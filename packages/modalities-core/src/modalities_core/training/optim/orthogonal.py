@@ -130,11 +130,13 @@ def _orthogonalized(part: Tensor, parameter: Tensor) -> Tensor:
 
     if not part.numel():
         return part
+    # torch 2.13 has another name for it, and warns of the older one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     whole = part
     for axis, dim in reversed(_ways(parameter)[1]):
         mesh = cast("DTensor", parameter).device_mesh
         parts = whole.new_empty(mesh.size(axis) * whole.shape[0], *whole.shape[1:])
-        dist.all_gather_into_tensor(parts, whole.contiguous(), group=mesh.get_group(axis))
+        all_gather(parts, whole.contiguous(), group=mesh.get_group(axis))
         whole = torch.cat(parts.chunk(mesh.size(axis)), dim)
     result = orthogonalize(as_matrices(whole)).view_as(whole)
     for axis, dim in _ways(parameter)[1]:
