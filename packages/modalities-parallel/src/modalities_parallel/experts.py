@@ -22,6 +22,14 @@ from modalities_parallel.tensor.parameters import along, distribute, read_parts
 class SpreadExperts:
     """In front of the class of a module with experts: rows go to the ranks that hold their experts, and come back."""
 
+    cannot_compile = "how many rows travel between the ranks that share the experts (ep) changes with every batch"
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """What the module gives."""
+        output = super().forward(*arguments, **keywords)  # pyrefly: ignore[missing-attribute]
+        # FSDP2 hangs a hook on what a unit gives, and warns of views, as one that is changed in place would lose it.
+        return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
     def apply_experts(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Each row through its expert, wherever that is: (R, D) to (R, D); collective.
 

@@ -94,9 +94,14 @@ def check_compile(model: Model, device: torch.device, about: object) -> None:
         about: whose argument ``compile`` is, for error positions.
 
     Raises:
-        ConfigError: the plan names no blocks, or there is no compiler.
+        ConfigError: the plan names no blocks, a part of one says by ``cannot_compile`` why it cannot be, or there is no
+            compiler.
     """
-    blocks_of(model)
+    for part in (part for block in blocks_of(model) for part in block.modules()):
+        if reason := getattr(part, "cannot_compile", ""):
+            raise ConfigError(
+                f"blocks cannot be compiled: {reason}", hint="set compile to none", about=(about, "compile")
+            )
     if device.type != "meta" and (obstacle := compile_obstacle(device)):
         message = f"blocks cannot be compiled: {obstacle}"
         raise ConfigError(message, hint="set compile to none, or install it", about=(about, "compile"))
