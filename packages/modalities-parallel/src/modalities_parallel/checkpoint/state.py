@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from modalities_core.errors import CheckpointError
+from modalities_core.interfaces import Model
+from modalities_core.training.parameters import whole
+from modalities_parallel.checkpoint.layout import Layout
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """Name parts that torch.compile and activation checkpointing add."""
@@ -37,15 +41,33 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def elsewhere(model: nn.Module, saved: Layout) -> Layout:
+    """What other ranks of a pipeline load, as far as this one can tell: they have the parts of the model that it lacks.
+
+    What the optimizers there remember only they know, so that is taken as it was saved.
+
+    Args:
+        model: this rank's.
+        saved: all tensors of the checkpoint.
+    """
+    twin = whole(cast(Model, model))
+    if twin is model:
+        return {}
+    names = {_plain(name): value for name, value in twin.state_dict().items() if isinstance(value, Tensor)}
+    lacking = names.keys() - {_plain(name) for name in model.state_dict()}
+    found: Layout = {
+        MODEL + name: (tuple(names[name].shape), str(names[name].dtype).removeprefix("torch.")) for name in lacking
+    }
+    remembered = (name for name in saved if name.startswith(OPTIMIZER))
+    return found | {name: saved[name] for name in remembered if _parameter_of(name) in lacking}
+
+
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """Each parameter's name without the parts that wrappers add."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the gathered weights are still registered
-    return {
-        parameter: ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        for name, parameter in model.named_parameters()
-    }
+    return {parameter: _plain(name) for name, parameter in model.named_parameters()}
 
 
 def optimizer_tensors(names: dict[Tensor, str], optimizer: Optimizer) -> dict[str, Tensor]:
@@ -90,7 +112,7 @@ def state_for(names: dict[Tensor, str], optimizer: Optimizer, saved: Iterable[st
         saved: names of the tensors in the checkpoint.
     """
     before = dict(optimizer.state)
-    remembered = {name.removeprefix(OPTIMIZER).rpartition(".")[0] for name in saved if name.startswith(OPTIMIZER)}
+    remembered = {_parameter_of(name) for name in saved if name.startswith(OPTIMIZER)}
     wanted = [parameter for parameter in _parameters(optimizer) if names.get(parameter) in remembered]
     try:
         _initialise(optimizer, [parameter for parameter in wanted if not optimizer.state.get(parameter)])
@@ -127,6 +149,16 @@ def _initialise(optimizer: Optimizer, parameters: list[Tensor]) -> None:
             parameter.grad = gradient
         for group, values in zip(optimizer.param_groups, settings, strict=True):
             group.update(values)
+
+
+def _plain(name: str) -> str:
+    """Without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _parameter_of(name: str) -> str:
+    """That a tensor of the optimizer belongs to."""
+    return name.removeprefix(OPTIMIZER).rpartition(".")[0]
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -24,6 +24,7 @@ from modalities_parallel.checkpoint.layout import Layout
 from modalities_parallel.checkpoint.plan import Plan
 from modalities_parallel.checkpoint.state import (
     MODEL,
+    elsewhere,
     model_tensors,
     optimizer_tensors,
     parameter_names,
@@ -82,11 +83,11 @@ def load(folder: Path, model: Model, optimizer: torch.optim.Optimizer | None) ->
         raise
     if optimizer is None:
         saved = {name: kind for name, kind in saved.items() if name.startswith(MODEL)}
-        _read_checked(folder, content, saved, model_tensors(module))
+        _read_checked(folder, content, saved, module, model_tensors(module))
         return
     with state_for(names, optimizer, saved):
         tensors = model_tensors(module) | optimizer_tensors(names, optimizer)
-        _read_checked(folder, content, saved, tensors)
+        _read_checked(folder, content, saved, module, tensors)
         take_numbers(names, optimizer, tensors)
 
 
@@ -108,8 +109,11 @@ def model_reader(folder: Path) -> Callable[[str], Tensor]:
     return read
 
 
-def _read_checked(folder: Path, content: Metadata, saved: Layout, tensors: dict[str, Tensor]) -> None:
+def _read_checked(
+    folder: Path, content: Metadata, saved: Layout, module: nn.Module, tensors: dict[str, Tensor]
+) -> None:
     wanted = {name: (tuple(value.shape), metadata.dtype_name(value.dtype)) for name, value in tensors.items()}
+    wanted |= elsewhere(module, saved)
     refusal: CheckpointError | None = None
     try:
         refuse_differences(saved, wanted, folder)
