@@ -1,7 +1,8 @@
-"""Test runs of the whole repository are shared between processes, those of a few named tests are not."""
+"""How test runs are spread over processes, and what they do once before the first test."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 
@@ -30,3 +31,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     options.dist = "loadfile"
     # Threads of all processes together are as many as cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // options.numprocesses)))
+
+
+def pytest_collection_finish() -> None:
+    """Set apart what has been loaded: each training run collects garbage, which would look through all of it."""
+    gc.collect()
+    gc.freeze()

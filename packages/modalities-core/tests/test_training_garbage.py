@@ -15,6 +15,16 @@ class Ring:
         self.itself = self
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_set_apart():
+    """As in a program; a test run may have set apart what it has loaded."""
+    was_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    yield
+    if was_frozen:
+        gc.freeze()
+
+
 def test_collects_after_every_so_many_steps_and_at_no_other_time():
     freed = []
     with GarbageCollection(every=4) as garbage:
