@@ -90,10 +90,12 @@ def whole(parameter: torch.Tensor) -> np.ndarray:
 
 
 def distance(value: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest element.
+
+    Or of a hundredth, what one step changes: the bias of keys has no gradient but rounding, and stays about zero.
+    """
     assert value.shape == expected.shape, f"{value.shape} instead of {expected.shape}"
-    largest = np.abs(expected).max()
-    difference = np.abs(value - expected).max()
-    return float(difference / largest if largest > 0 else difference)
+    return float(np.abs(value - expected).max() / max(np.abs(expected).max(), 0.01))
 
 
 def launch(ranks: int, folder: str, timeout: float, copy: str | None = None, **arguments) -> dict:

@@ -46,6 +46,11 @@ FEATURES: dict[str, list[str]] = {
 }
 
 
+# Its bfloat16 products make as much of rounding as of the gradient where that is nearly zero: one process that adds up
+# its micro batches in another order is off by 2e-3.
+MUON_OFF = 5e-3
+
+
 class Case(NamedTuple):
     """What runs, and how it goes on.
 
@@ -54,7 +59,8 @@ class Case(NamedTuple):
     then: the mesh under which it goes on from its middle; empty for one process.
     schedule: of executor.pipeline; empty for executor.plain.
     more: further overrides of this run, but not of the single process.
-    off: how far weights may be from those of one process; 0 where sums are made in the same order.
+    off: how far weights may be from those of one process; 0 where sums are made in the same order. Losses may be as
+        far, or ``NEAR``.
     """
 
     mesh: str
@@ -87,7 +93,7 @@ SLOW = [
     Case("tp 2", "soft_caps", "pp 2"),
     Case("tp 2", "losses", ""),
     Case("tp 2", "compiled", "dp_shard 2"),
-    Case("tp 2", "muon", "dp_shard 2"),
+    Case("tp 2", "muon", "dp_shard 2", off=MUON_OFF),
     Case("tp 4", "norm_1", "dp_shard 2"),
     Case("tp 2 dp_shard 2", "bias", "pp 2 dp_shard 2"),
     Case("dp_replicate 2 tp 2", "masked", "dp_shard 4"),
@@ -156,5 +162,6 @@ def test_a_mesh_learns_what_one_process_learns(case: Case, launcher, alone, tmp_
     off_loss_then, off_then = farthest(results, tmp_path / "then", reference, first=6)
     then = case.then or "one process"
     print(f"{case.name}: {off_loss:.0e} {off:.0e}; then {then}: {off_loss_then:.0e} {off_then:.0e}")
-    assert off_loss <= NEAR and off <= case.off
-    assert off_loss_then <= NEAR and off_then <= NEAR
+    most = max(NEAR, case.off)
+    assert off_loss <= most and off <= case.off
+    assert off_loss_then <= most and off_then <= most
