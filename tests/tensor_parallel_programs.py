@@ -32,7 +32,7 @@ ARCHITECTURES = {
     "llama": BASE,
     "tied": BASE | {"tied_embeddings": True, "vocab_multiple": 64, "embedding_multiplier": 5.0},
     "biases": BASE | {"bias": True, "norm": "layer", "positions": "absolute", "activation": "gelu"},
-    "heads normed": BASE | {"query_key_norm": "head", "key_value_heads": 4},
+    "heads normed": BASE | {"query_key_norm": "head", "key_value_heads": 4, "intermediate_size": 44},
     "projection normed": BASE | {"query_key_norm": "projection", "norm_placement": "post"},
     "sandwich": BASE | {"norm_placement": "sandwich", "attention_windows": [5, None], "logit_softcap": 20.0},
     "experts": BASE

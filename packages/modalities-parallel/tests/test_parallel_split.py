@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from parallel_split_model import PLAN, SplitModel
+from parallel_split_model import PLAN, SplitModel, batch, weighted_loss
 from split_programs import train, update
 
 from modalities_core.errors import ConfigError
+from modalities_core.training.executor import Plain
 from modalities_core.training.world import Alone
+from modalities_parallel.fsdp import fsdp2
 from modalities_parallel.mesh import degrees
 from modalities_parallel.tensor.layers import find_layers
 from modalities_parallel.tensor.refusals import refuse
@@ -51,11 +53,15 @@ def test_optimizers_do_to_parts_what_they_do_to_the_whole(on_ranks, tmp_path):
 
 @pytest.mark.slow
 def test_samples_that_cannot_be_cut_are_refused_in_training_only(on_ranks):
-    (by_tp, whole, by_cp, cut, eight), other = on_ranks(2, "split_programs:refusals", timeout=300)
-    assert [by_tp, whole, by_cp, cut, eight] == other
+    told, other = on_ranks(2, "split_programs:refusals", timeout=300)
+    assert told == other
+    odd, even, evaluated, by_tp, odd_by_cp, even_by_cp, cut, by_cp, eight = told
+    assert odd == odd_by_cp == [2, 7, 16]
+    assert even == even_by_cp == [2, 8, 16]  # all of it to whoever does not ask for a loss
+    model, sample = fsdp2(SplitModel, Alone(), param_dtype="fp32"), batch(0, slice(0, 2), length=7)
+    assert evaluated == pytest.approx(Plain(model, weighted_loss, Alone()).evaluate(sample).loss.item())
     assert "samples of 7 tokens cannot be cut into the 2 equal parts of tp = 2" in by_tp
     assert "such as 8" in by_tp
-    assert whole == [2, 7, 16]
     assert "of cp = 2" in by_cp
     assert cut == by_cp  # the loss takes the targets of a part
     assert "the rows of blocks.0.wide.down.weight are cut into parts of 160 values" in eight

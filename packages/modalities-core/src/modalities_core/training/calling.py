@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch, Model
 from modalities_core.training.parameters import as_module
+
+
+_for_loss: ContextVar[bool] = ContextVar("a batch is being given to a model", default=False)
+
+
+def is_for_loss() -> bool:
+    """Whether a model is being called by ``call``, for a loss; if not, for whoever wants to know of all tokens.
+
+    Where ranks share the tokens of a sample, the loss on each of them takes its own.
+    """
+    return _for_loss.get()
 
 
 def call(model: Model, batch: Batch) -> Any:
@@ -24,7 +36,11 @@ def call(model: Model, batch: Batch) -> Any:
         for name in given:
             if name not in taken:
                 raise _refused(model, name)
-    return module(batch.tokens_BT, **given)
+    token = _for_loss.set(True)
+    try:
+        return module(batch.tokens_BT, **given)
+    finally:
+        _for_loss.reset(token)
 
 
 def _refused(model: Model, name: str) -> ConfigError:

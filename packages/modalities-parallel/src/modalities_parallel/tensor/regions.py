@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities_core.errors import ConfigError
+from modalities_core.training.calling import is_for_loss
 from modalities_parallel.tensor.exchange import (
     Axis,
     add_up,
@@ -26,8 +27,6 @@ from modalities_parallel.tensor.exchange import (
     scatter,
     tokens_to_heads,
 )
-
-OF_A_BATCH = ("segments_BT", "images_BCHW")
 
 
 class Tokens:
@@ -50,16 +49,13 @@ class Tokens:
         """Hook before the forward of the model: settle how its tokens are shared.
 
         Raises:
-            ConfigError: their number does not divide and the gradient is wanted, or they are cut for the loss.
+            ConfigError: their number does not divide, though the gradient is wanted or each rank's own part for a loss.
         """
         given = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
         length = given[0].shape[-1]
         cp, tp = self.cp.size, self.tp.size
-        # Called with more than a batch has, such as caches, it is asked for the hidden states of all tokens.
-        others = [value for name, value in keywords.items() if name not in OF_A_BATCH]
-        self.split_by_cp = cp > 1 and (
-            torch.is_grad_enabled() or all(value is None for value in (*arguments[1:], *others))
-        )
+        # Whoever calls it for anything but a loss, such as generation, wants the hidden states of all tokens.
+        self.split_by_cp = cp > 1 and (torch.is_grad_enabled() or is_for_loss())
         if self.split_by_cp and length % cp:
             raise self._refused(length, "cp", cp)
         own = length // cp if self.split_by_cp else length
