@@ -10,7 +10,6 @@ from modalities_core.errors import ConfigError
 from modalities_core.interfaces import Batch, Model
 from modalities_core.training.parameters import as_module
 
-
 _for_loss: ContextVar[bool] = ContextVar("a batch is being given to a model", default=False)
 
 
