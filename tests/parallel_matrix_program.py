@@ -6,6 +6,7 @@ which has no threads: they share nothing else, and what one run leaves behind or
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from modalities_cli.wiring import checked_graph
 from modalities_core.registry import register
 from modalities_data.datasets.memory import InMemoryDataset
 from modalities_parallel import distributed, sharding  # noqa: F401  # likewise
+from modalities_parallel.checkpoint import transfer  # noqa: F401
 
 CONFIG = Path(__file__).with_name("parallel_matrix.yaml")
 
@@ -168,8 +170,10 @@ def wait(children: list[int], deadline: float) -> list[int]:
 
 
 if __name__ == "__main__":
-    # Whatever a run will load, so that it need not.
+    # Whatever a run will load, so that it need not; and set apart, so that no run copies it by looking for garbage.
     checked_graph(CONFIG)
+    gc.collect()
+    gc.freeze()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(launch(**json.loads(line))), flush=True)
