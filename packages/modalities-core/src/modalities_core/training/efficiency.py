@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TypedDict, cast
 
-from modalities_core.interfaces import Executor, World
+from modalities_core.interfaces import Executor, Model, World
 from modalities_core.training.matmul import MeasuredPeak
 from modalities_core.training.memory import memory, most_relevant
+from modalities_core.training.parameters import whole
 from modalities_core.training.peak import computing_dtype, device_peak
 from modalities_core.training.throughput import mfu
 
@@ -34,7 +35,8 @@ class Efficiency:
     """
 
     def __init__(self, executor: Executor, world: World, sequence_length: int) -> None:
-        model = executor.model
+        # A model may count the parameters it has, and a rank of a pipeline has not all of them.
+        model = cast(Model, whole(executor.model))
         self._world = world
         self._flops = model.flops_per_token(sequence_length)
         causal = getattr(model, "causal_flops_per_token", None)

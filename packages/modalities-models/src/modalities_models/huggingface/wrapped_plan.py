@@ -33,15 +33,22 @@ def wrapped_plan(network: nn.Module, base: str, prefix: str) -> ParallelPlan:
     table = cast(Any, network).get_input_embeddings()
     tables = [name for name, module in network.named_modules() if module is table]
     if not set(layers.values()) <= {COLUMN, ROW, WHOLE} or not isinstance(table, nn.Embedding):
-        return ParallelPlan(blocks)
+        return ParallelPlan(blocks, embeddings=_tables_outside(network, prefix))
     names = {glob: [name for name, _ in network.named_modules() if _fits(name, glob)] for glob in layers}
     split = {glob: names[glob] for glob, style in layers.items() if style != WHOLE and names[glob]}
     matched = [name for found in split.values() for name in found]
     known = all(isinstance(network.get_submodule(name), nn.Linear) for name in matched)
     if not known or not _covers(network, matched, _blocks(network)):
-        return ParallelPlan(blocks)
+        return ParallelPlan(blocks, embeddings=_tables_outside(network, prefix))
     column, row = (tuple(prefix + glob for glob in split if layers[glob] == style) for style in (COLUMN, ROW))
     return ParallelPlan(blocks, column=column, row=row, embeddings=tuple(prefix + name for name in tables))
+
+
+def _tables_outside(network: nn.Module, prefix: str) -> tuple[str, ...]:
+    """All tables outside of blocks, such as those of positions, for a pipeline, which does not split them."""
+    inside = tuple(f"{block}." for block in _blocks(network))
+    tables = (name for name, part in network.named_modules() if isinstance(part, nn.Embedding))
+    return tuple(prefix + name for name in tables if not name.startswith(inside))
 
 
 def _covers(network: nn.Module, split: Iterable[str], blocks: Iterable[str]) -> bool:

@@ -47,11 +47,12 @@ class Pipeline:
             (arXiv:1806.03377) alternates, and holds as many micro batches as there are stages left.
             ``interleaved_1f1b`` (arXiv:2104.04473) does so with several stages on each rank, stages_per_rank of
             parallel.fsdp2, which shortens the time that ranks wait. ``zero_bubble`` (arXiv:2401.10241) computes the
-            gradients of weights apart, while it would wait; with one or several stages on each rank.
+            gradients of weights apart, while it would wait; with one or several stages on each rank, and with blocks
+            that are neither recomputed nor compiled.
         compile: ``blocks`` compiles each block of this rank with torch.compile; ``none`` does not.
 
     Raises:
-        ConfigError: the world has no pipeline, or the schedule does not fit the stages of the model.
+        ConfigError: the world has no pipeline, or the schedule does not fit the model's stages or how blocks are run.
     """
 
     def __init__(
@@ -186,7 +187,9 @@ class Pipeline:
         batch = self._micro_batches[place]
         output = self._forward(stage, received_BTD, batch)
         if not self._stages.is_last(stage):
-            return output.contiguous()
+            output = output.contiguous()
+            # Torch detaches in place what it has sent, which a view does not allow.
+            return output.clone() if output._is_view() else output
         # Backward through head and loss at once: logits are not kept while other micro batches come in between, and
         # no schedule takes apart what a loss computes in its own way.
         hidden_BTD = output.detach().requires_grad_()
@@ -227,8 +230,9 @@ class Pipeline:
             for stage in held
         ]
         schedule = build(self.schedule, stages, count, lambda loss, place: loss)
-        self._built[key, count] = schedule, stages[0]
-        return self._built[key, count]
+        # Only the latest, as each holds what it receives for all its micro batches.
+        self._built = {(key, count): (schedule, stages[0])}
+        return schedule, stages[0]
 
     def _learn_shapes(self, key: Hashable) -> None:
         """Send the first micro batch through all stages, so that each knows what it will be given."""

@@ -27,11 +27,19 @@ class Stages:
     Args:
         model: whose forward is replaced, in place; it can only be called inside of ``running``.
         blocks: this rank's blocks by name, for each of its stages in the order of the model.
+        afterwards: modules that come after all blocks, by name, where this rank has the last stage.
         count: stages of the whole model.
         ranks: of the pipeline.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[int, Mapping[str, nn.Module]], count: int, ranks: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[int, Mapping[str, nn.Module]],
+        afterwards: Mapping[str, nn.Module],
+        count: int,
+        ranks: int,
+    ) -> None:
         self.count = count
         self.ranks = ranks
         self.held = tuple(blocks)
@@ -41,7 +49,10 @@ class Stages:
         }
         self._stage: int | None = None
         self._received: Tensor | None = None
+        self._calls: _Calls | None = None
         self._replace_forward(model)
+        for name, module in afterwards.items():
+            module.register_forward_pre_hook(functools.partial(self._check_place, name))
 
     def is_last(self, stage: int) -> bool:
         """Whether ``stage`` ends the model: its output is that of the model's forward."""
@@ -98,7 +109,7 @@ class Stages:
     @contextmanager
     def _standing(self, active: int) -> Iterator[_Calls]:
         """Only the blocks of one stage do anything inside; gives those that were called."""
-        calls = _Calls()
+        self._calls = calls = _Calls()
         try:
             for stage, slots in self._slots.items():
                 for place, slot in enumerate(slots):
@@ -108,9 +119,20 @@ class Stages:
                         slot.put(slot.absent)
             yield calls
         finally:
+            self._calls = None
             for slots in self._slots.values():
                 for slot in slots:
                     slot.put(slot.block)
+
+    def _check_place(self, name: str, *_: Any) -> None:
+        """Hook before a module of the last stage: what comes before the blocks would have to be on the first."""
+        if self._calls is not None and self.ends_model and len(self._calls.places) < len(self._slots[self.count - 1]):
+            raise ConfigError(
+                f"{name} of {self._kind} has parameters and is called before the blocks, but it is on the last rank of "
+                "the pipeline, and the first block on the first",
+                hint="set pp of world.auto to 1, or, if it is a table, let the model's parallel_plan name it in "
+                "embeddings",
+            )
 
     def _check(self, places: Sequence[int], blocks: int) -> None:
         if list(places) != list(range(blocks)):

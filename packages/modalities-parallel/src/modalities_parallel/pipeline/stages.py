@@ -48,8 +48,8 @@ def keep_stages(
     blocks = _blocks(model, plan, count, component)
     embeddings = matching(model, plan.embeddings, component=component)
     parts = dict(_parts(model, set(blocks), set(embeddings), component))
-    others = [module for name, module in parts.items() if name not in blocks and name not in embeddings]
-    division = divide([_size(block) for block in blocks.values()], count, sum(map(_size, others)))
+    others = {name: module for name, module in parts.items() if name not in blocks and name not in embeddings}
+    division = divide([_size(block) for block in blocks.values()], count, sum(map(_size, others.values())))
     names = list(blocks)
     stage_of = dict.fromkeys(parts, count - 1) | dict.fromkeys(embeddings, 0)
     stage_of |= {names[place]: stage for stage, places in enumerate(division) for place in places}
@@ -66,7 +66,7 @@ def keep_stages(
     own = {stage: {names[place]: blocks[names[place]] for place in division[stage]} for stage in held}
     marked: Any = model
     marked.whole_model = (whole,)
-    marked.pipeline_stages = Stages(model, own, count, ranks)
+    marked.pipeline_stages = Stages(model, own, others if count - 1 in held else {}, count, ranks)
     _sum_within_stages(marked, meshes)
 
 
