@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from modalities_core.training.plan import matching
 from modalities_parallel.mesh import Degrees
 from modalities_parallel.pipeline.division import divide, held_stages
 from modalities_parallel.sharding import units_of
-from modalities_parallel.tensor.layers import find_layers
+from modalities_parallel.tensor.layers import Layers, find_layers
+
+_known_layers: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
 
 
 class Layout(NamedTuple):
@@ -139,11 +142,18 @@ def rank_parts(model: Model, layout: Layout) -> list[RankPart]:
     return parts
 
 
+def split_layers(module: nn.Module, plan: ParallelPlan) -> Layers:
+    """What ``plan`` names in a whole model; looked up once, as one model is planned in many ways."""
+    if module not in _known_layers:
+        _known_layers[module] = find_layers(module, plan)
+    return _known_layers[module]
+
+
 def _holdings(module: nn.Module, plan: ParallelPlan, layout: Layout) -> dict[int, Held]:
     """Each parameter as ranks have it, by its identity."""
     d = layout.degrees
     named = dict(module.named_parameters())
-    readings = find_layers(module, plan).readings if d.tp > 1 else {}
+    readings = split_layers(module, plan).readings if d.tp > 1 else {}
     spread = set()
     if d.ep > 1:
         mixtures: dict[str, Any] = dict(matching(module, plan.experts))

@@ -8,9 +8,8 @@ from modalities_core.training.parameters import as_module
 from modalities_core.training.plan import matching
 from modalities_parallel import experts
 from modalities_parallel.pipeline.schedules import check_micro_batches, check_stages
-from modalities_parallel.planning.layout import Layout, rank_parts
+from modalities_parallel.planning.layout import Layout, rank_parts, split_layers
 from modalities_parallel.tensor import refusals
-from modalities_parallel.tensor.layers import find_layers
 
 
 def refuse(model: Model, layout: Layout, sequence_length: int, micro_batches: int) -> None:
@@ -24,7 +23,7 @@ def refuse(model: Model, layout: Layout, sequence_length: int, micro_batches: in
     """
     module, plan, d = as_module(model), model.parallel_plan(), layout.degrees
     if d.tp > 1 or d.cp > 1:
-        refusals.refuse(module, plan, find_layers(module, plan), d, None)
+        refusals.refuse(module, plan, split_layers(module, plan), d, None)
         if sequence_length % (d.cp * d.tp):
             raise ConfigError(
                 f"samples of {sequence_length} tokens cannot be cut into cp {d.cp} x tp {d.tp} = {d.cp * d.tp} equal "
