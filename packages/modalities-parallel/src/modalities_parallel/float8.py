@@ -62,10 +62,13 @@ def float8(
             about=(float8, "model"),
         )
     blocks = matching(module, model.parallel_plan().blocks, component=float8)
-    chosen = {id(part) for block in blocks.values() for part in block.modules() if _fits(part)}
+    # Tensor parallelism splits them later, and what is left of them has to fit.
+    degrees = getattr(getattr(world, "meshes", world), "degrees", None)
+    multiple = MULTIPLE * (1 if degrees is None else degrees.tp)
+    chosen = {id(part) for block in blocks.values() for part in block.modules() if _fits(part, multiple)}
     if not chosen:
         raise ConfigError(
-            f"{type(model).__name__} has no linear layer in its blocks whose sizes are multiples of {MULTIPLE}",
+            f"{type(model).__name__} has no linear layer in its blocks whose sizes are multiples of {multiple}",
             hint="leave precision.float8 out, or choose such sizes",
             about=(float8, "model"),
         )
@@ -103,5 +106,5 @@ def _lack(device: torch.device) -> str:
     return ""
 
 
-def _fits(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0
+def _fits(module: nn.Module, multiple: int) -> bool:
+    return type(module) is nn.Linear and module.in_features % multiple == module.out_features % multiple == 0
