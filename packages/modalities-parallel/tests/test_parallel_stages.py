@@ -108,7 +108,7 @@ def refusal(*arguments, **keywords) -> str:
 
 
 def test_what_cannot_be_cut_is_refused_when_it_is_built():
-    assert "tied to the embedding" in refusal(SmallModel("read"), 0)
+    assert "reads embedding.weight (tied)" in refusal(SmallModel("read"), 0)
     assert "head.weight are one parameter (tied)" in refusal(SmallModel("shared"), 0)
     assert "3 blocks, but the pipeline has 4 stages" in refusal(SmallModel("none"), 0, 2, 2)
     assert "names no blocks" in refusal(SmallModel("none"), 0, plan=ParallelPlan(embeddings=("embedding",)))

@@ -54,6 +54,7 @@ def keep_stages(
     stage_of = dict.fromkeys(parts, count - 1) | dict.fromkeys(embeddings, 0)
     stage_of |= {names[place]: stage for stage, places in enumerate(division) for place in places}
     _refuse_shared(model, stage_of, component)
+    _refuse_tied(model, next(iter(embeddings.values())), stage_of, component)
     whole = _twin(model)
     held = held_stages(place_along(meshes.whole, PIPELINE), ranks, stages_per_rank)
     dtype = getattr(model, "computing_dtype", torch.get_default_dtype())
@@ -88,13 +89,6 @@ def _blocks(model: nn.Module, plan: ParallelPlan, count: int, component: object)
             hint=f"set pp of world.auto times stages_per_rank to at most {len(blocks)}",
             about=(component, "stages_per_rank"),
         )
-    if next(cast(Any, model).head.parameters(), None) is None:
-        raise ConfigError(
-            f"the output head of {kind} has no weight of its own: it is tied to the embedding, which is on the first "
-            "rank of a pipeline while the head is on the last",
-            hint="untie them (tied_embeddings: false for model.decoder), or set pp of world.auto to 1",
-            about=(component, "model"),
-        )
     return blocks
 
 
@@ -126,7 +120,7 @@ def _refuse_shared(model: nn.Module, stage_of: Mapping[str, int], component: obj
     """Refuse one parameter under two names in different stages, such as tied embeddings."""
     first: dict[int, tuple[str, int]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        stage = next(stage for part, stage in stage_of.items() if name.startswith(f"{part}."))
+        stage = _stage(name, stage_of)
         other, at = first.setdefault(id(parameter), (name, stage))
         if at != stage:
             raise ConfigError(
@@ -134,6 +128,44 @@ def _refuse_shared(model: nn.Module, stage_of: Mapping[str, int], component: obj
                 hint="untie them (tied_embeddings: false for model.decoder), or set pp of world.auto to 1",
                 about=(component, "model"),
             )
+
+
+def _refuse_tied(model: nn.Module, embedding: nn.Module, stage_of: Mapping[str, int], component: object) -> None:
+    """Refuse a head that reads a parameter of another stage, such as the embedding's."""
+    head: nn.Module = cast(Any, model).head
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    try:
+        with torch.enable_grad():
+            logits = head(torch.empty(1, 1, cast(Tensor, embedding.weight).shape[-1], device="meta"))
+        read = [names[id(leaf)] for leaf in _leaves(logits.grad_fn) if id(leaf) in names]
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        read = [name for name, parameter in model.named_parameters() if parameter in set(head.parameters())]
+    last = max(stage_of.values())
+    elsewhere = [name for name in read if _stage(name, stage_of) != last]
+    if elsewhere or not read:
+        raise ConfigError(
+            f"the output head of {type(model).__name__} reads {elsewhere[0] if elsewhere else 'no weight of its own'} "
+            "(tied), which is not on the last rank of the pipeline, where the head is",
+            hint="untie them (tied_embeddings: false for model.decoder), or set pp of world.auto to 1",
+            about=(component, "model"),
+        )
+
+
+def _leaves(function: Any) -> Iterator[Tensor]:
+    """The parameters that autograd would reach from ``function``."""
+    seen, waiting = set(), [function]
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):
+            yield function.variable
+        waiting.extend(before for before, _ in function.next_functions)
+
+
+def _stage(parameter: str, stage_of: Mapping[str, int]) -> int:
+    return next(stage for part, stage in stage_of.items() if parameter.startswith(f"{part}."))
 
 
 def _size(module: nn.Module) -> int:
