@@ -97,8 +97,8 @@ def initial(out, **degrees):
         lambda: model(batch(0, 0, 1).tokens_BT),
         lambda: Plain(model, weighted_loss, world),
         lambda: Pipeline(model, weighted_loss, world, "interleaved_1f1b"),
-        lambda: build(world, 12, 1),
-        lambda: build(world, 6, 1, noise_scale=True),
+        lambda: build(world, 12 // world.data_size, 1),
+        lambda: build(world, 3, 1, noise_scale=True),
         lambda: Pipeline(model, weighted_loss, world).forward_backward([batch(0, 0, 1), batch(0, 0, 2)]),
     ):
         try:

@@ -128,7 +128,7 @@ def test_ranks_begin_with_the_weights_of_one_process_and_know_the_whole_model(on
         assert "cannot be called by itself" in called
         assert "executor.pipeline" in plain
         assert "stages_per_rank" in interleaved
-        assert "at least 2 micro batches per step, but a step has 1" in few or ranks == 4, few
+        assert "at least 2 micro batches per step, but a step has 1" in few
         assert "noise_scale" in noise
         assert "(1, 9), (2, 9)" in shapes
     assert names == values.keys() - {"scale"}
