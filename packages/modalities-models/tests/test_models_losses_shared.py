@@ -135,7 +135,12 @@ def shared(loss, weight, sizes, work, kind=SharedHead, **options):
             raise
 
     with ThreadPoolExecutor(len(sizes)) as pool:
-        return list(pool.map(run, range(len(sizes)))), meeting
+        ranks = [pool.submit(run, rank) for rank in range(len(sizes))]
+    errors = [error for error in (rank.exception() for rank in ranks) if error is not None]
+    # One that left first breaks the barrier for the others.
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [rank.result() for rank in ranks], meeting
 
 
 def backward(hidden, batch):
