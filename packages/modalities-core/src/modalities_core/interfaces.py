@@ -177,7 +177,8 @@ class ParallelPlan:
         what comes of them; context parallelism exchanges tokens for heads between them.
     head_size: elements of one attention head, which stay together; None without attention.
     column_norms: norms over all the features that a ``column`` layer gives.
-    embeddings: tables looked up by token id or position before the blocks, split by rows.
+    embeddings: tables looked up by token id or position before the blocks, split by rows; a pipeline has them in its
+        first stage, and whatever else is outside of blocks in its last.
     experts: modules with experts, which expert parallelism shares out; see ``Experts``.
     """
 
@@ -235,9 +236,10 @@ class Model(Protocol):
 
     It can be built on the meta device; ``initial_values`` then gives every parameter and buffer. It may also have
     ``finish_step(world: World) -> None``, called on every rank after each optimizer step for what no gradient
-    changes, such as the balance of experts: collective, all state in buffers, never waiting for the device. And
-    ``causal_flops_per_token(sequence_length: int) -> float``, in which attention counts with the share of it that
-    causality leaves over. A wrapper that puts it into another precision names that as ``computing_dtype``.
+    changes, such as the balance of experts: collective, all state in buffers, never waiting for the device; in a
+    pipeline over the ranks that hold the same blocks. And ``causal_flops_per_token(sequence_length: int) -> float``, in
+    which attention counts with the share of it that causality leaves over. A wrapper that puts it into another
+    precision names that as ``computing_dtype``.
     """
 
     vocab_size: int
