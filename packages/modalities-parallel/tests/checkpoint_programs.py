@@ -124,7 +124,7 @@ def kills(folder: str, size: int, points: int, times: int) -> dict:
     assert [code for code, _ in whole] == [0] * size
     unbroken = whole[0][1]
     counts = [int(calls) for _, calls in fork_ranks(size, parent / "count", dying=None, count=True)]
-    places = [(rank, call) for rank, calls in enumerate(counts) for call in range(1, calls + 1)]
+    places = [(rank, call) for rank in reversed(range(size)) for call in range(1, counts[rank] + 1)]
     chosen = [places[place * (len(places) - 1) // (points - 1)] for place in range(points)] if points else places
     steps = [die_and_go_on(size, parent / f"at-{rank}-{call}", unbroken, dying=(rank, call)) for rank, call in chosen]
     drawn = random.Random(0)

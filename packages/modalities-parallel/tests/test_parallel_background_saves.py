@@ -6,7 +6,7 @@ import pytest
 
 
 def test_killed_at_some_points_of_a_save(on_ranks, tmp_path):
-    (found,) = on_ranks(1, "checkpoint_programs:kills", folder=str(tmp_path), size=1, points=3, times=0)
+    (found,) = on_ranks(1, "checkpoint_programs:kills", folder=str(tmp_path), size=1, points=2, times=0)
     assert found["calls"][0] > 20
     assert set(found["steps"]) == {2, 4}
 
