@@ -191,13 +191,14 @@ def test_interrupted_twice_it_is_given_up_and_leaves_nothing_half(tmp_path, monk
             thread.join(30)
 
 
-def test_where_the_copy_has_no_room_training_waits(tmp_path):
+def test_where_the_copy_has_no_room_training_waits(tmp_path, caplog):
     class Full(StagedFiles):
         def stage(self, model, optimizer):
             raise MemoryError
 
     trainer, sink = build(Full())
     trainer.run(tmp_path)
+    assert caplog.text.count("no room for a copy") == 1
     assert [event.step for event in sink.of(CheckpointSaved)] == [3, 6, 9]
     assert all(event.seconds == event.blocked_seconds for event in sink.of(CheckpointSaved))
 

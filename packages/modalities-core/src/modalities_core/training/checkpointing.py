@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class Checkpoints:
         self.asynchronous = asynchronous
         self._apart: tuple[World, World] | None = None
         self._in_flight: Background[Written] | None = None
+        self._crowded = False
         self._written: list[Written] = []
 
     def save(
@@ -123,6 +125,12 @@ class Checkpoints:
         save = Save(shelf, self.keep, _filled(draft, model, world), state_bytes(model, optimizer) + SLACK_BYTES)
         staged = _staged(world, lambda: stage(model, optimizer))
         if staged is None:
+            if not self._crowded and world.rank == 0:
+                message = (
+                    "the host has no room for a copy of the state, so training waits for checkpoints to be written"
+                )
+                logging.getLogger("modalities").warning(message)
+            self._crowded = True
             return False
         write: Writer = staged
         blocked = time.perf_counter() - start
