@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 LONGEST_FILE = 320
-LONGEST = {"packages/modalities-core/src/modalities_core/interfaces.py": 460}
+LONGEST = {"packages/modalities-core/src/modalities_core/interfaces.py": 480}
 """All seams stand in one file, to be read first."""
 
 

@@ -280,6 +280,20 @@ def late(seconds):
         world.barrier()
 
 
+def late_along(axis, seconds):
+    """Rank 1 does not come to a collective along one axis of the mesh; seconds until that is noticed."""
+    world = auto(**{axis: 2}, timeout_seconds=seconds)
+    if world.rank == 1:
+        time.sleep(seconds + 5)
+        return None
+    before = time.monotonic()
+    try:
+        torch.distributed.all_reduce(torch.ones(1), group=world.mesh.get_group(axis))
+    except RuntimeError:
+        return time.monotonic() - before
+    return None
+
+
 def dies(seconds):
     """Rank 1 leaves in the middle of a run."""
     world = auto(timeout_seconds=seconds)

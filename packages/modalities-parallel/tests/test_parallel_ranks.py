@@ -116,6 +116,13 @@ def test_a_missing_rank_is_named(outcomes_on_ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axis", ["dp_shard", "tp"])
+def test_no_axis_of_the_mesh_waits_longer_than_the_world(outcomes_on_ranks, axis):
+    outcomes = outcomes_on_ranks(2, "late_along", axis=axis, seconds=10.0)
+    assert 8 < outcomes[0]["result"] < 15
+
+
+@pytest.mark.slow
 def test_a_rank_that_leaves_ends_the_others(outcomes_on_ranks):
     outcomes = outcomes_on_ranks(2, "dies", seconds=20.0)
     assert outcomes[0]["exit_code"] == 6

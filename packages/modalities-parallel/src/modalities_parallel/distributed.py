@@ -33,7 +33,7 @@ class Distributed:
     """A ``World`` of several processes: NCCL between GPUs, gloo between CPUs.
 
     ``meshes`` has the axes of ``Degrees``, and ``mesh`` is the whole one; data-parallel ranks are numbered along both
-    of their axes.
+    of their axes. ``timeout`` is how long ranks wait for each other.
 
     Args:
         place: this process in its launch.
@@ -47,13 +47,13 @@ class Distributed:
         self.rank = place.rank
         self.size = place.size
         self.device = _device(place)
-        self._timeout = timedelta(seconds=timeout_seconds)
-        _join(place, self.device, self._timeout)
+        self.timeout = timedelta(seconds=timeout_seconds)
+        _join(place, self.device, self.timeout)
         # Only gloo can name the ranks that miss a barrier.
         self._control: dist.ProcessGroup | None = None
         if self.device.type == "cuda":
-            self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._timeout))
-        self.meshes: Meshes = device_meshes(self.device.type, degrees)
+            self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self.timeout))
+        self.meshes: Meshes = device_meshes(self.device.type, degrees, self.timeout)
         self.mesh: DeviceMesh = self.meshes.whole
         self.data_size = degrees.dp_replicate * degrees.dp_shard
         self.data_rank = self.meshes.data_rank
@@ -121,7 +121,7 @@ class Distributed:
 
     def apart(self) -> Apart:
         """The same ranks, for another thread to talk to; collective."""
-        return Apart(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._timeout)))
+        return Apart(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self.timeout)))
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -130,9 +130,9 @@ class Distributed:
             DistributedError: some ranks do not come in time; on rank 0 the message names them.
         """
         try:
-            dist.monitored_barrier(self._control, timeout=self._timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self._control, timeout=self.timeout, wait_all_ranks=True)
         except RuntimeError as error:
-            raise DistributedError(_missing(str(error), self.rank, self._timeout), hint=OTHER_RANK) from error
+            raise DistributedError(_missing(str(error), self.rank, self.timeout), hint=OTHER_RANK) from error
 
     def close(self) -> None:
         """Leave the process group; sharded models and optimizers have to be dropped before. May be called twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Literal, NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -143,11 +144,16 @@ class Meshes(NamedTuple):
         return place_along(self.whole, CONTEXT)
 
 
-def device_meshes(device_type: str, degrees: Degrees) -> Meshes:
+def device_meshes(device_type: str, degrees: Degrees, timeout: timedelta | None = None) -> Meshes:
     """The meshes of all ranks; collective.
 
     Neighbouring ranks are closest in the innermost axis, so that tensor parallelism stays inside a node, and after it
     the gathering of parameters.
+
+    Args:
+        device_type: cpu or cuda.
+        degrees: ranks along each axis.
+        timeout: how long ranks wait for each other in a collective; torch's own default without.
     """
     d = degrees
     whole = _mesh(
@@ -158,6 +164,9 @@ def device_meshes(device_type: str, degrees: Degrees) -> Meshes:
     experts = None
     if d.ep > 1:
         experts = _mesh(device_type, {**outer, SHARD: d.shards // d.ep, EXPERTS: d.ep, TENSOR: d.tp})
+    for mesh in (whole, weights, experts):
+        for name in () if mesh is None or timeout is None else mesh.mesh_dim_names or ():
+            mesh.get_group(name).set_timeout(timeout)
     return Meshes(d, whole, weights, experts)
 
 

@@ -82,7 +82,7 @@ class Pipeline:
             self._compiled = CompiledBlocks(model)
         self._line: Line | None = None
         if world.device.type != "meta":
-            self._line = Line(cast(Any, world).meshes, world.device, getattr(world, "_timeout", None))
+            self._line = Line(cast(Any, world).meshes, world.device, getattr(world, "timeout", None))
         self._built: dict[Hashable, tuple[Any, Any]] = {}
         self._micro_batches: Sequence[Batch] = ()
         self._sums: LossSum | None = None
@@ -217,18 +217,9 @@ class Pipeline:
         line, device, held = cast(Line, self._line), self.world.device, self._stages.held
         line.settle()
         self._learn_shapes(key)
-        stages = [
-            schedule_stage(
-                StageRun(stage, self._run, self._module.parameters),
-                stage,
-                self._stages.count,
-                line,
-                key,
-                device,
-                self.phases,
-            )
-            for stage in held
-        ]
+        runs = {stage: StageRun(stage, self._run, self._module.parameters) for stage in held}
+        of_all = (self._stages.count, line, key, device, self.phases)
+        stages = [schedule_stage(run, stage, *of_all) for stage, run in runs.items()]
         schedule = build(self.schedule, stages, count, lambda loss, place: loss)
         # Only the latest, as each holds what it receives for all its micro batches.
         self._built = {(key, count): (schedule, stages[0])}
