@@ -54,3 +54,35 @@ def test_the_1b_configuration_fits_and_runs(torchrun, small_data: Path, tmp_path
     done = torchrun(ranks, "run", config, "--folder", tmp_path, f"settings.data={small_data}", *options)
     assert done.returncode == 0, done.stderr
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+def test_memory_peaks_where_the_plan_says(modalities, torchrun, small_data: Path, tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count()
+    options = [
+        "model.model.vocab_size=4096",
+        "settings.steps=3",
+        "settings.sequence_length=2048",
+        "trainer.log_every=1",
+    ]
+    options += [f"trainer.batches.samples_per_step={8 * ranks}", "trainer.schedule.warmup_steps=1"]
+    options += [f"settings.data={small_data}", "trainer.executor.compile=none", "trainer.evaluations=[]"]
+    config = ROOT / "config_files" / "llama_1b_fsdp.yaml"
+    done = torchrun(ranks, "run", config, "--folder", tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    peak = max(record["memory"]["peak_allocated"] for record in records if record["event"] == "step_logged")
+    planned = modalities("plan", config, *options, "--devices", ranks, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert math.isclose(json.loads(planned.stdout)["memory"]["total"], peak, rel_tol=0.15)
+
+
+def test_offloaded_weights_train_and_are_saved_in_the_background(torchrun, tmp_path: Path) -> None:
+    options = ["settings.steps=12", "trainer.log_every=1", "trainer.checkpoints.every=3"]
+    ranks = torch.cuda.device_count()
+    for folder, offload in (("host", "true"), ("device", "false")):
+        more = ["--folder", tmp_path / folder, f"model.offload={offload}"]
+        done = torchrun(ranks, "run", CONFIG, *more, *options)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / folder / "checkpoints" / "step-00000012").is_dir()
+    for host, device in zip(losses(tmp_path / "host"), losses(tmp_path / "device"), strict=True):
+        assert math.isclose(host, device, rel_tol=2e-3)
