@@ -28,7 +28,7 @@ from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 from modalities_parallel import recomputation
 from modalities_parallel.checkpoint.sharded import Sharded
 from modalities_parallel.fsdp import fsdp2
-from modalities_parallel.mesh import CONTEXT, REPLICATE, SHARD, degrees, device_meshes, place_along
+from modalities_parallel.mesh import degrees
 from modalities_parallel.pipeline.executor import Pipeline
 from modalities_parallel.world import auto
 
@@ -91,14 +91,8 @@ class Steps:
 
 def arrange(world, mesh):
     """The same processes in another mesh."""
-    if isinstance(world, Alone):
-        return world
-    found = degrees(world.size, **mesh)
-    world.meshes = device_meshes("cpu", found)
-    world.mesh = world.meshes.whole
-    world.data_size = found.dp_replicate * found.dp_shard
-    world.data_rank = place_along(world.mesh, REPLICATE) * found.dp_shard + place_along(world.mesh, SHARD)
-    world.sequence_size, world.sequence_rank = found.cp, place_along(world.mesh, CONTEXT)
+    if not isinstance(world, Alone):
+        world.arrange(degrees(world.size, **mesh))
     return world
 
 

@@ -15,7 +15,7 @@ from modalities_parallel.checkpoint.state import model_tensors
 from modalities_parallel.experts import spread
 from modalities_parallel.fsdp import fsdp2
 from modalities_parallel.materialize import materialize
-from modalities_parallel.mesh import REPLICATE, SHARD, degrees, device_meshes, place_along
+from modalities_parallel.mesh import degrees
 from modalities_parallel.world import auto
 
 EXPERTS = 4
@@ -104,12 +104,8 @@ def _sent_and_returned(world, experts, of_all, counts):
 
 def arrange(world, mesh):
     """The same processes in another mesh."""
-    if isinstance(world, Alone):
-        return world
-    found = degrees(world.size, **mesh)
-    world.meshes = device_meshes("cpu", found)
-    world.mesh, world.data_size = world.meshes.whole, found.dp_replicate * found.dp_shard
-    world.data_rank = place_along(world.mesh, REPLICATE) * found.dp_shard + place_along(world.mesh, SHARD)
+    if not isinstance(world, Alone):
+        world.arrange(degrees(world.size, **mesh))
     return world
 
 

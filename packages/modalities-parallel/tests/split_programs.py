@@ -21,7 +21,7 @@ from modalities_core.training.optim import adamw, lion, muon, sgd
 from modalities_core.training.optim.placement import own_part
 from modalities_core.training.world import Alone
 from modalities_parallel.fsdp import fsdp2
-from modalities_parallel.mesh import CONTEXT, REPLICATE, SHARD, degrees, device_meshes, place_along
+from modalities_parallel.mesh import degrees
 from modalities_parallel.world import auto
 
 OPTIMIZERS = {
@@ -37,14 +37,8 @@ OPTIMIZERS = {
 
 def arrange(world, **asked):
     """The same processes in another mesh."""
-    if isinstance(world, Alone):
-        return world
-    found = degrees(world.size, **asked)
-    world.meshes = device_meshes("cpu", found)
-    world.mesh = world.meshes.whole
-    world.data_size = found.dp_replicate * found.dp_shard
-    world.data_rank = place_along(world.mesh, REPLICATE) * found.dp_shard + place_along(world.mesh, SHARD)
-    world.sequence_size, world.sequence_rank = found.cp, place_along(world.mesh, CONTEXT)
+    if not isinstance(world, Alone):
+        world.arrange(degrees(world.size, **asked))
     return world
 
 

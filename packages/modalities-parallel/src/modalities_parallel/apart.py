@@ -47,14 +47,8 @@ class Apart:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, a JSON value, on every rank; the others' values are ignored."""
-        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([content.numel()])
         with self._naming("a broadcast"):
-            dist.broadcast(length, 0, group=self.group)
-            if self.rank != 0:
-                content = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0, group=self.group)
-        return json.loads(bytes(content.tolist()))
+            return broadcast_json(value, self.rank, self.group)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -76,3 +70,16 @@ class Apart:
                 f"rank {self.rank} of {self.size} lost the others during {what} of a checkpoint: {first_line(error)}",
                 hint="another rank has failed or hangs: look for the first error in the logs of the other ranks",
             ) from error
+
+
+def broadcast_json(value: Any, rank: int, group: dist.ProcessGroup | None) -> Any:
+    """Rank 0's ``value``, a JSON value, on every rank of ``group``; on the CPU."""
+    content = torch.empty(0, dtype=torch.uint8)
+    if rank == 0:
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor([content.numel()])
+    dist.broadcast(length, 0, group=group)
+    if rank != 0:
+        content = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(content, 0, group=group)
+    return json.loads(bytes(content.tolist()))

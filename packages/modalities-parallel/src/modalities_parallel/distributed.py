@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import math
 import re
 from collections.abc import Generator, Iterable
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from modalities_core.errors import ConfigError, DistributedError, first_line
 from modalities_core.interfaces import Model
 from modalities_core.training.norms import norm_share
-from modalities_parallel.apart import Apart
+from modalities_parallel.apart import Apart, broadcast_json
 from modalities_parallel.environment import Launch
 from modalities_parallel.mesh import Degrees, Meshes, device_meshes
 from modalities_parallel.sharing import some_of, unshared
@@ -53,6 +52,10 @@ class Distributed:
         self._control: dist.ProcessGroup | None = None
         if self.device.type == "cuda":
             self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self.timeout))
+        self.arrange(degrees)
+
+    def arrange(self, degrees: Degrees) -> None:
+        """Take another mesh of the same ranks; collective. What was built in the one before has to be gone."""
         self.meshes: Meshes = device_meshes(self.device.type, degrees, self.timeout)
         self.mesh: DeviceMesh = self.meshes.whole
         self.data_size = degrees.dp_replicate * degrees.dp_shard
@@ -108,16 +111,8 @@ class Distributed:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, a JSON value, on every rank; the others' values are ignored."""
-        content = torch.empty(0, dtype=torch.uint8)
-        if self.rank == 0:
-            content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([content.numel()])
         with self._naming("a broadcast"):
-            dist.broadcast(length, 0, group=self._control)
-            if self.rank != 0:
-                content = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0, group=self._control)
-        return json.loads(bytes(content.tolist()))
+            return broadcast_json(value, self.rank, self._control)
 
     def apart(self) -> Apart:
         """The same ranks, for another thread to talk to; collective."""

@@ -164,9 +164,10 @@ def device_meshes(device_type: str, degrees: Degrees, timeout: timedelta | None 
     experts = None
     if d.ep > 1:
         experts = _mesh(device_type, {**outer, SHARD: d.shards // d.ep, EXPERTS: d.ep, TENSOR: d.tp})
-    for mesh in (whole, weights, experts):
-        for name in () if mesh is None or timeout is None else mesh.mesh_dim_names or ():
-            mesh.get_group(name).set_timeout(timeout)
+    if timeout is not None:
+        for mesh in (whole, weights) if experts is None else (whole, weights, experts):
+            for name in mesh.mesh_dim_names or ():
+                mesh.get_group(name).set_timeout(timeout)
     return Meshes(d, whole, weights, experts)
 
 
