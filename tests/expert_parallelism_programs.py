@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from rank_programs import arrange, main, whole
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -21,14 +19,12 @@ from modalities_core.training.checkpointing import Checkpoints
 from modalities_core.training.executor import Plain
 from modalities_core.training.schedule import Constant
 from modalities_core.training.trainer import Trainer
-from modalities_core.training.world import Alone
 from modalities_models.decoder import decoder
 from modalities_models.losses import CrossEntropy
 from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 from modalities_parallel import recomputation
 from modalities_parallel.checkpoint.sharded import Sharded
 from modalities_parallel.fsdp import fsdp2
-from modalities_parallel.mesh import degrees
 from modalities_parallel.pipeline.executor import Pipeline
 from modalities_parallel.world import auto
 
@@ -87,17 +83,6 @@ class Steps:
 
     def close(self):
         pass
-
-
-def arrange(world, mesh):
-    """The same processes in another mesh."""
-    if not isinstance(world, Alone):
-        world.arrange(degrees(world.size, **mesh))
-    return world
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().float().numpy().copy()
 
 
 def weights(model):
@@ -165,8 +150,4 @@ def cases(plan, out, folder):
 
 
 if __name__ == "__main__":
-    function, arguments, result = sys.argv[1:]
-    torch.use_deterministic_algorithms(True)
-    Path(result).write_text(json.dumps(globals()[function](**json.loads(arguments))))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort an interpreter that tears itself down
+    main(globals())

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed.fsdp
-from torch.distributed.tensor import DTensor
+from rank_programs import arrange, main, whole
 
 from modalities_core.interfaces import Batch
 from modalities_core.training.executor import Plain
 from modalities_core.training.optim import adamw, sgd
-from modalities_core.training.world import Alone
 from modalities_models.decoder import decoder
 from modalities_models.huggingface.wrapped import huggingface
 from modalities_models.losses import CrossEntropy
 from modalities_models.nn.mixture_of_experts import MixtureOfExperts
 from modalities_parallel.fsdp import fsdp2
-from modalities_parallel.mesh import degrees
 from modalities_parallel.world import auto
 
 VOCABULARY, LENGTH, SAMPLES = 96, 16, 8
@@ -80,17 +74,6 @@ def samples(step, rows, documents=False, length=LENGTH):
     starts = torch.rand((SAMPLES, length), generator=generator) < 0.2
     segments = starts.cumsum(1).int() if documents else None
     return Batch(tokens[rows, :-1], tokens[rows, 1:], weights[rows], None if segments is None else segments[rows])
-
-
-def arrange(world, **asked):
-    """The same processes in another mesh."""
-    if not isinstance(world, Alone):
-        world.arrange(degrees(world.size, **asked))
-    return world
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().float().numpy().copy()
 
 
 def weights(model):
@@ -156,7 +139,7 @@ def cases(plan, out):
     world = auto(timeout_seconds=120)
     found = []
     for place, (mesh, model, options) in enumerate(plan):
-        history, before, after = train(arrange(world, **mesh), model, **options)
+        history, before, after = train(arrange(world, mesh), model, **options)
         if world.rank == 0:
             np.savez(f"{out}-{place}.npz", **{f"before.{n}": v for n, v in before.items()}, **after)
         found.append(history)
@@ -165,8 +148,4 @@ def cases(plan, out):
 
 
 if __name__ == "__main__":
-    function, arguments, result = sys.argv[1:]
-    torch.use_deterministic_algorithms(True)
-    Path(result).write_text(json.dumps(globals()[function](**json.loads(arguments))))
-    sys.stdout.flush()
-    os._exit(0)
+    main(globals())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
+from parallel_programs import main
 from parallel_split_model import SAMPLES, SplitModel, batch, weighted_loss
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -139,8 +138,6 @@ def refusals():
 
 
 if __name__ == "__main__":
-    function, arguments, result = sys.argv[1:]
-    torch.use_deterministic_algorithms(True)
-    Path(result).write_text(json.dumps(globals()[function](**json.loads(arguments))))
+    main(globals())
     sys.stdout.flush()
     os._exit(0)

@@ -14,6 +14,8 @@ from torch import Tensor
 from modalities_core.errors import DistributedError, first_line
 from modalities_core.interfaces import Model
 
+OTHER_RANK = "another rank has failed or hangs: look for the first error in the logs of the other ranks"
+
 
 class Apart:
     """A ``World`` of the same ranks that talks over a process group of its own, on the CPU.
@@ -34,7 +36,7 @@ class Apart:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place; on the CPU."""
-        with self._naming("a sum"):
+        with naming("a sum of a checkpoint", self.rank, self.size):
             dist.all_reduce(values, group=self.group)
         return values
 
@@ -47,7 +49,7 @@ class Apart:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, a JSON value, on every rank; the others' values are ignored."""
-        with self._naming("a broadcast"):
+        with naming("a broadcast of a checkpoint", self.rank, self.size):
             return broadcast_json(value, self.rank, self.group)
 
     def barrier(self) -> None:
@@ -61,15 +63,16 @@ class Apart:
     def close(self) -> None:
         """The world it was made by closes it."""
 
-    @contextmanager
-    def _naming(self, what: str) -> Generator[None, None, None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise DistributedError(
-                f"rank {self.rank} of {self.size} lost the others during {what} of a checkpoint: {first_line(error)}",
-                hint="another rank has failed or hangs: look for the first error in the logs of the other ranks",
-            ) from error
+
+@contextmanager
+def naming(what: str, rank: int, size: int) -> Generator[None, None, None]:
+    """Turn what the backend raises into a sentence about ``what`` was being done."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(
+            f"rank {rank} of {size} lost the others during {what}: {first_line(error)}", hint=OTHER_RANK
+        ) from error
 
 
 def broadcast_json(value: Any, rank: int, group: dist.ProcessGroup | None) -> Any:

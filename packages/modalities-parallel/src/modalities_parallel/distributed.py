@@ -6,8 +6,7 @@ import gc
 import itertools
 import math
 import re
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -20,12 +19,10 @@ from torch.distributed.tensor import DTensor
 from modalities_core.errors import ConfigError, DistributedError, first_line
 from modalities_core.interfaces import Model
 from modalities_core.training.norms import norm_share
-from modalities_parallel.apart import Apart, broadcast_json
+from modalities_parallel.apart import OTHER_RANK, Apart, broadcast_json, naming
 from modalities_parallel.environment import Launch
 from modalities_parallel.mesh import Degrees, Meshes, device_meshes
 from modalities_parallel.sharing import some_of, unshared
-
-OTHER_RANK = "another rank has failed or hangs: look for the first error in the logs of the other ranks"
 
 
 class Distributed:
@@ -65,7 +62,7 @@ class Distributed:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place; ``values`` of any shape, on the device or the CPU."""
-        with self._naming("a sum"):
+        with naming("a sum", self.rank, self.size):
             dist.all_reduce(values)
         return values
 
@@ -111,7 +108,7 @@ class Distributed:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, a JSON value, on every rank; the others' values are ignored."""
-        with self._naming("a broadcast"):
+        with naming("a broadcast", self.rank, self.size):
             return broadcast_json(value, self.rank, self._control)
 
     def apart(self) -> Apart:
@@ -136,16 +133,6 @@ class Distributed:
         # Sharded tensors in reference cycles keep communication threads alive, which abort an exiting interpreter.
         gc.collect()
         dist.destroy_process_group()
-
-    @contextmanager
-    def _naming(self, what: str) -> Generator[None, None, None]:
-        """Turn what the backend raises into a sentence."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise DistributedError(
-                f"rank {self.rank} of {self.size} lost the others during {what}: {first_line(error)}", hint=OTHER_RANK
-            ) from error
 
 
 def _device(place: Launch) -> torch.device:

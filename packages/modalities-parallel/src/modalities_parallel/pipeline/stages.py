@@ -139,6 +139,7 @@ def _refuse_tied(model: nn.Module, embedding: nn.Module, stage_of: Mapping[str, 
             logits = head(torch.empty(1, 1, cast(Tensor, embedding.weight).shape[-1], device="meta"))
         read = [names[id(leaf)] for leaf in _leaves(logits.grad_fn) if id(leaf) in names]
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        # A head that cannot be tried without values is taken to read what it holds.
         read = [name for name, parameter in model.named_parameters() if parameter in set(head.parameters())]
     last = max(stage_of.values())
     elsewhere = [name for name in read if _stage(name, stage_of) != last]
