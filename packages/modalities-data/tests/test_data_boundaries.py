@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from modalities_core.errors import ConfigError, DataError
 from modalities_data import packed as packed_module
 from modalities_data.datasets import BestFitDataset, InMemoryDataset, PackedDataset
+from modalities_data.datasets import packed as packed_dataset_module
 from modalities_data.datasets.fitting import best_fit_decreasing
 from modalities_data.manifest import Accounting, Manifest, Shard, TokenizerRecord, read_manifest, write_manifest
 from modalities_data.megatron_index import index_bytes, write_index
@@ -31,11 +32,13 @@ def content():
     return shards, [masks[0], masks[1], None, masks[3]]
 
 
-@pytest.fixture(scope="module", params=["in memory", "in the file"])
+@pytest.fixture(scope="module", params=["table", "searched", "in the file"])
 def folder(request, content, write_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in the file":
             patch.setattr(packed_module, "ENDS_BYTES", 0)
+        if request.param == "searched":
+            patch.setattr(packed_dataset_module, "TABLE_SAMPLES", 0)
         yield write_folder(tmp_path_factory.mktemp("boundaries") / "x", *content)
 
 

@@ -41,7 +41,7 @@ def samples(folder, length):
         "batch as stored, uint16": lambda indices: dataset.gather(indices).tokens,
         "int64 batch, of 16 shards": lambda indices: sharded.gather(indices).tokens.astype(np.int64),
         "int64 batch, with documents": with_documents,
-        "documents alone": lambda indices: separate._segments(indices * length),
+        "documents alone": lambda indices: separate._segments(indices),
     }
     large = {
         "int64 batch, of 512": as_int64,

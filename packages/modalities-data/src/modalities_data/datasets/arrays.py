@@ -39,11 +39,17 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
-def segments_between(ends: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+def first_and_last(ends: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """(N, 2) int64: the documents of the first and of the last input of samples; arguments as ``segments_between``."""
+    return np.stack([ends.searchsorted(starts, "right"), ends.searchsorted(starts + (length - 1), "right")], 1)
+
+
+def segments_between(ends: np.ndarray, documents: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     """The number of each input's document within its sample, for samples of consecutive tokens.
 
     Args:
         ends: (documents,) int64, behind the last token of each, in order.
+        documents: (N, 2) int64, what ``first_and_last`` gives.
         starts: (N,) int64, the first token of each sample.
         length: T.
 
@@ -51,18 +57,18 @@ def segments_between(ends: np.ndarray, starts: np.ndarray, length: int) -> np.nd
         (N, T) int32, rising from 0 in each row.
     """
     samples = len(starts)
-    first = ends.searchsorted(starts, "right")
-    counts = ends.searchsorted(starts + (length - 1), "right") - first + 1
+    first, last = documents.T
+    counts = last - first + 1
     behind = counts.cumsum()
     begins = behind - counts
     numbers = np.arange(int(counts.sum()))
     numbers -= begins.repeat(counts)
     # Where each document begins in all samples back to back; the first one of a row begins with the row.
     places = np.arange(samples) * length
-    documents = (first - 1).repeat(counts)
-    documents += numbers
+    before = (first - 1).repeat(counts)
+    before += numbers
     edges = np.empty(len(numbers) + 1, np.int64)
-    edges[:-1] = ends[documents]
+    edges[:-1] = ends[before]
     edges[:-1] += (places - starts).repeat(counts)
     edges[begins] = places
     edges[-1] = samples * length

@@ -7,7 +7,14 @@ import xxhash
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Samples
-from modalities_data.datasets.arrays import check_length, checked, fingerprint, segments_between, windows
+from modalities_data.datasets.arrays import (
+    check_length,
+    checked,
+    fingerprint,
+    first_and_last,
+    segments_between,
+    windows,
+)
 from modalities_data.lorem import LOREM_VERSION, lorem_document
 from modalities_data.order import check_seed
 from modalities_data.tokenizers.bytes import BytesTokenizer
@@ -77,7 +84,9 @@ class InMemoryDataset:
         length = self.sequence_length
         starts = checked(indices, len(self)) * length
         weights = None if self._mask is None else windows(self._mask[1:], length)[starts]
-        found = None if self._ends is None else segments_between(self._ends, starts, length)
+        found = None
+        if self._ends is not None:
+            found = segments_between(self._ends, first_and_last(self._ends, starts, length), starts, length)
         return Samples(windows(self._tokens, length + 1)[starts], weights, found)
 
 

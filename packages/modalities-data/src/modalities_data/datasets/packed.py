@@ -12,13 +12,22 @@ import numpy as np
 
 from modalities_core.errors import ConfigError, DataError
 from modalities_core.interfaces import Samples
-from modalities_data.datasets.arrays import check_length, fingerprint, ranges, segments, segments_between
+from modalities_data.datasets.arrays import (
+    check_length,
+    fingerprint,
+    first_and_last,
+    ranges,
+    segments,
+    segments_between,
+)
 from modalities_data.datasets.documents import documents_between
 from modalities_data.packed import FILES_AT_ONCE, PackedFolder
 from modalities_data.rows import checked
 from modalities_data.verification import Verification, Verify
 
 Documents = Literal["joined", "separate"]
+TABLE_SAMPLES = 1 << 22
+"""For how many samples a table of their documents is kept, 16 bytes each; with more they are searched for."""
 UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
@@ -90,6 +99,7 @@ class PackedDataset:
         self.fingerprint = fingerprint(kind, content, sequence_length)
         self._verification = Verification(self._packed, verify, self)
         self._separate = documents == "separate"
+        self._documents: np.ndarray | None = None
         self._tokens = self._packed.rows(sequence_length, sequence_length + 1)
         masked = any(shard.mask is not None for shard in manifest.shards)
         self._masks = self._packed.mask_rows(sequence_length, sequence_length + 1) if masked else None
@@ -113,14 +123,20 @@ class PackedDataset:
         tokens = self._tokens.gather(indices)
         check_ids(self._packed, tokens)
         weights = None if self._masks is None else self._masks.gather(indices)[:, 1:].astype(np.float32)
-        return Samples(tokens, weights, self._segments(indices * self.sequence_length) if self._separate else None)
+        return Samples(tokens, weights, self._segments(indices) if self._separate else None)
 
-    def _segments(self, starts: np.ndarray) -> np.ndarray:
+    def _segments(self, indices: np.ndarray) -> np.ndarray:
         """(N, T) int32: from the document index, so an end-of-document id inside a text is no boundary."""
+        length = self.sequence_length
+        starts = indices * length
         document_ends = self._packed.document_ends()
         if document_ends is None:
-            return segments(self._boundaries(starts), len(starts), self.sequence_length)
-        return segments_between(document_ends, starts, self.sequence_length)
+            return segments(self._boundaries(starts), len(starts), length)
+        if len(self._tokens) > TABLE_SAMPLES:
+            return segments_between(document_ends, first_and_last(document_ends, starts, length), starts, length)
+        if self._documents is None:
+            self._documents = first_and_last(document_ends, np.arange(len(self._tokens)) * length, length)
+        return segments_between(document_ends, self._documents[indices], starts, length)
 
     def _boundaries(self, starts: np.ndarray) -> np.ndarray:
         """Where further documents begin, read from the files, shard by shard."""

@@ -23,12 +23,13 @@ def as_batch(samples: Samples, counts_B: np.ndarray | None, pinned: bool) -> Bat
     # Written once, straight into the memory that is copied from.
     inputs, targets = pair.numpy()
     inputs[...], targets[...] = tokens[:, :-1], tokens[:, 1:]
+    inputs_BT, targets_BT = pair.unbind()
     if counts_B is not None:
         base = np.ones(inputs.shape, np.float32) if weights is None else weights
         weights = base * counts_B[:, None].astype(np.float32)
     return Batch(
-        pair[0],
-        pair[1],
+        inputs_BT,
+        targets_BT,
         _tensor(weights, np.float32, pinned),
         _tensor(segments, np.int32, pinned),
         None if images is None else _tensor(images.transpose(0, 3, 1, 2), np.uint8, pinned),
