@@ -156,7 +156,8 @@ class Plain:
             self.scaler.start(micro_batches[0].tokens_BT.numel())
         if self._copies is not None:
             self._copies.changed()
-        self._module.train()
+        if not self._module.training:  # it walks through all modules
+            self._module.train()
         last = len(micro_batches) - 1
         synchronize = getattr(self._module, "set_requires_gradient_sync", None)
         sums: LossSum | None = None
@@ -185,6 +186,10 @@ class Plain:
             self._module.train(training)
 
     def _micro_batch(self, batch: Batch) -> LossSum:
+        if self._copies is not None:
+            # As under autocast, where casting weights is part of the forward.
+            with self.phases.timed("forward"):
+                self._copies.refresh()
         # Standing in backward too, where recomputed parts read the weights again.
         with self._standing():
             with self.phases.timed("forward"):
@@ -195,6 +200,9 @@ class Plain:
                     loss.backward()
                 else:
                     self._copies.backward(loss)
+                # What is left of the graph goes here, before the next forward takes memory.
+                del loss
+                part = LossSum(part.loss.detach(), part.tokens.detach())
         return part
 
     def _forward(self, batch: Batch, loss: Loss) -> LossSum:
@@ -300,6 +308,4 @@ class Plain:
 
 
 def _added(total: LossSum | None, part: LossSum) -> LossSum:
-    if total is None:
-        return LossSum(part.loss.detach(), part.tokens.detach())
-    return LossSum(total.loss + part.loss.detach(), total.tokens + part.tokens.detach())
+    return part if total is None else LossSum(total.loss + part.loss, total.tokens + part.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from modalities_core.errors import ConfigError, NumericalError
 from modalities_core.events import Warned
+from modalities_core.freed_memory import all_freed_kept
 from modalities_core.interfaces import Batches, Executor, Hook, Schedule, Sink, Training, World
 from modalities_core.progress import Progress
 from modalities_core.training.announcement import announce
@@ -164,7 +166,9 @@ class Trainer:
         if on_meta(self.executor.model):
             raise ConfigError("the model has shapes but no values: it is on the meta device", about=self.executor.model)
         folder = Path(folder)
-        with locked(folder, self.world):
+        # A step takes the same memory as the one before; on a GPU, torch's own allocator sees to that.
+        kept = all_freed_kept() if self.world.device.type == "cpu" else nullcontext()
+        with locked(folder, self.world), kept:
             journal = Journal(folder, self.world, self.sinks, self.steps)
             try:
                 with StopSignals() as signals, GarbageCollection(self.collect_garbage_every) as garbage:

@@ -17,6 +17,7 @@ import msgspec
 import xxhash
 
 from modalities_core.errors import ConfigError, DataError
+from modalities_core.freed_memory import keep_freed
 from modalities_core.interfaces import Tokenizer
 from modalities_data import manifest as manifests
 from modalities_data.disk import user_errors
@@ -28,7 +29,7 @@ from modalities_data.megatron_index import token_dtype
 from modalities_data.prepare.folder import check_replaceable, give_name, partial_folder, working_folder
 from modalities_data.prepare.recheck import reference_engine
 from modalities_data.prepare.shards import Job, OnError, UnitResult, committed, pack_unit
-from modalities_data.prepare.workers import ONE_THREAD, environment, keep_freed_memory, pack_in_processes
+from modalities_data.prepare.workers import KEPT_MEMORY, ONE_THREAD, environment, pack_in_processes
 
 SUFFIXES = ("bin", "idx")
 RunOn = Literal["processes", "ray"]
@@ -151,7 +152,7 @@ def _pack_units(
 
         return pack_on_ray(job, units, workers, report)
     if workers == 1:
-        keep_freed_memory()
+        keep_freed(KEPT_MEMORY)
         # The tokenizers library holds a fifth less memory without a pool of threads.
         with environment(ONE_THREAD):
             return {number: pack_unit(job, number, unit, report) for number, unit in units.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from modalities_core.errors import ModalitiesError, ResourceError
+from modalities_core.freed_memory import keep_freed
 from modalities_data.inputs.units import Unit
 from modalities_data.prepare.shards import Job, Report, UnitResult, pack_unit
 
@@ -23,8 +23,8 @@ SECONDS_BETWEEN_REPORTS = 0.2
 # Parallelism is in the processes: threads of the tokenizers beneath them would only fight for the same cores.
 ONE_THREAD = {"RAYON_NUM_THREADS": "1"}
 
-# Of glibc's malloc.h. Asking the system again for what was just given back costs the tokenizers library 2 to 4 %.
-KEPT_MEMORY = {-3: 32 << 20, -1: 64 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+KEPT_MEMORY = 64 << 20
+"""Bytes: asking the system again for what was just given back costs the tokenizers library 2 to 4 %."""
 
 _worker: dict[str, Any] = {}
 
@@ -82,17 +82,9 @@ def pack_in_processes(job: Job, units: dict[int, Unit], workers: int, report: Re
 def _start_worker(job: Job, read: Any, written: Any, stop: Any) -> None:
     """Prepare a new process: the parent alone answers Ctrl-C, and no worker outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_freed_memory()
+    keep_freed(KEPT_MEMORY)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(job=job, read=read, written=written, stop=stop)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep up to 64 MiB that it has freed for what it needs next; nothing where there is no glibc."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if set_option is not None:
-        for option, value in KEPT_MEMORY.items():
-            set_option(option, value)
 
 
 def _end_with_parent() -> None:
