@@ -35,6 +35,15 @@ for package in sys.argv[1:]:
         importlib.import_module(module.name)
 """
 
+# The whole suite has run every case already; here only what the code imports is in question.
+ONE_OF_EACH = """
+def pytest_collection_modifyitems(config, items):
+    first = {(item.path, item.cls, item.originalname): item for item in reversed(items)}
+    left_out = [item for item in items if item is not first[item.path, item.cls, item.originalname]]
+    items[:] = [item for item in items if item is first[item.path, item.cls, item.originalname]]
+    config.hook.pytest_deselected(items=left_out)
+"""
+
 
 class Environment:
     """A virtual environment in ``folder`` that pip fills from the folder ``wheels``."""
@@ -47,12 +56,10 @@ class Environment:
         self.variables = {**variables, "VIRTUAL_ENV": str(folder)}
         self.variables["PATH"] = f"{folder / 'bin'}{os.pathsep}{variables.get('PATH', '')}"
 
-    def run(self, *command: str | Path, cwd: Path | None = None, seconds: float = 300) -> str:
+    def run(self, *command: str | Path, cwd: Path | None = None, seconds: float = 300, **variables: str) -> str:
         """What ``command`` prints; a failure shows it all."""
-        words = [str(word) for word in command]
-        done = subprocess.run(
-            words, cwd=cwd or self.folder, env=self.variables, capture_output=True, text=True, timeout=seconds
-        )
+        words, env = [str(word) for word in command], self.variables | variables
+        done = subprocess.run(words, cwd=cwd or self.folder, env=env, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, f"{words}\n{done.stdout[-12000:]}{done.stderr[-6000:]}"
         return done.stdout
 
@@ -142,9 +149,13 @@ def unpacked(package, distributions: Path, folder: Path) -> Path:
 
 
 def run_tests(environment: Environment, project: Path) -> str:
-    """The quick tests of an unpacked sdist, with the repository's pytest settings, away from the repository."""
+    """The quick tests of an unpacked sdist, the first case of each, with the repository's settings, away from it."""
+    plugins = project.parent / "plugins"
+    plugins.mkdir()
+    (plugins / "one_of_each.py").write_text(ONE_OF_EACH, encoding="utf-8")
     settings = ["-c", environment.root / "pyproject.toml", "--rootdir", project, "-p", "no:cacheprovider", "-q"]
-    return environment.run(environment.python, "-m", "pytest", *settings, project / "tests", cwd=project, seconds=400)
+    command = [environment.python, "-m", "pytest", *settings, "-p", "one_of_each", project / "tests"]
+    return environment.run(*command, cwd=project, seconds=400, PYTHONPATH=str(plugins))
 
 
 def test_package_alone_passes_its_tests(package, root, with_torch, distributions, tmp_path):

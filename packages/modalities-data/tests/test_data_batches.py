@@ -312,13 +312,17 @@ def test_several_micro_batches_are_read_at_once(monkeypatch, together) -> None:
             assert batch.segments_BT.tolist() == [[0, 0, 1, 1]] * micro
 
 
-def test_micro_batches_are_a_sequence_whose_items_are_made_when_asked_for() -> None:
+@pytest.mark.parametrize("made_ahead", [0, 1 << 18])
+def test_micro_batches_are_a_sequence(monkeypatch, made_ahead) -> None:
+    monkeypatch.setattr(steps, "MADE_AHEAD", made_ahead)
     batches = ShuffledBatches(Counting(50), Place(), 8, 2).micro_batches(0)
     whole = [batch.tokens_BT.tolist() for batch in batches]
     assert len(batches) == len(whole) == 4
     assert [batches[number - 4].tokens_BT.tolist() for number in range(4)] == whole
     assert [batch.tokens_BT.tolist() for batch in batches[1:3]] == whole[1:3]
     batches[0].tokens_BT.zero_()  # one's own tensors: what is read stays as it is
-    assert batches[0].tokens_BT.tolist() == whole[0]
+    assert batches[1].tokens_BT.tolist() == whole[1]
+    if not made_ahead:
+        assert batches[0].tokens_BT.tolist() == whole[0], "made anew each time"
     with pytest.raises(IndexError):
         batches[4]

@@ -213,6 +213,8 @@ class Plain:
             return loss(call(self.model, batch), self.model.head, own)
 
     def _evaluated(self, batch: Batch) -> LossSum:
+        if self._copies is not None:
+            self._copies.refresh()
         with self._standing():
             return self._forward(batch, getattr(self.loss, "evaluation", self.loss))
 
@@ -221,7 +223,6 @@ class Plain:
         """Working copies and compiled blocks stand in the model inside."""
         with ExitStack() as stack:
             if self._copies is not None:
-                self._copies.refresh()
                 stack.enter_context(self._copies.standing())
             if self._compiled is not None:
                 stack.enter_context(self._compiled.standing())

@@ -122,7 +122,7 @@ class WorkingCopies:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._copies: dict[nn.Parameter, nn.Parameter] = {}
-        self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        self._places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, nn.Parameter]] = []
         for owner in module.modules():
             for name, master in owner._parameters.items():
                 if master is None or not master.is_floating_point() or master.dtype.itemsize <= dtype.itemsize:
@@ -131,7 +131,7 @@ class WorkingCopies:
                     copy = nn.Parameter(torch.empty_like(master, dtype=dtype), requires_grad=master.requires_grad)
                     copy.grad_dtype = master.dtype
                     self._copies[master] = copy
-                self._places.append((owner, name, master, self._copies[master]))
+                self._places.append((owner._parameters, name, master, self._copies[master]))
         self._versions = -1
 
     def refresh(self) -> None:
@@ -152,12 +152,12 @@ class WorkingCopies:
     def standing(self) -> Iterator[None]:
         """The copies stand in the modules inside."""
         try:
-            for owner, name, _, copy in self._places:
-                owner._parameters[name] = copy
+            for parameters, name, _, copy in self._places:
+                parameters[name] = copy
             yield
         finally:
-            for owner, name, master, _ in self._places:
-                owner._parameters[name] = master
+            for parameters, name, master, _ in self._places:
+                parameters[name] = master
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, with gradients of the copies added to those of the masters."""

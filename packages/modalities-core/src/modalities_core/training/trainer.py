@@ -234,6 +234,7 @@ class Trainer:
                 micro_batches = batches.micro_batches(batch)
             update.before_step()
             sums = forward_backward(micro_batches)
+            del micro_batches  # now: in the next step it would wait for the thread that reads ahead
             with log.phases.timed("optimizer"):
                 verdict = judge(reduce_step(world, sums, parameters, self.norm_order, run.signals))
                 learning_rate = set_learning_rates(optimizer, self.peaks, self.schedule(step))

@@ -27,6 +27,8 @@ from modalities_data.order import ORDER_VERSION, check_seed, shuffled
 STATE_VERSION = 1
 GATHERED_TOGETHER = 512
 """Samples asked for at once: what a call costs whatever its size is spread over many, and still little lies twice."""
+MADE_AHEAD = 1 << 18
+"""Tokens of a step up to which its tensors, 16 bytes each or more, are made ahead too."""
 
 
 class _StepBatches(ABC):
@@ -133,8 +135,8 @@ class _StepBatches(ABC):
         read = [self._dataset.gather(indices[start : start + together]) for start in range(0, share, together)]
         pinned = self._device.type == "cuda"
         batches = MadeWhenAsked(read, size, pinned)
-        # Into pinned memory on this thread, so that the one that launches kernels never waits for it.
-        return list(batches) if pinned else batches
+        # On this thread, so that the one that computes never waits: into pinned memory, or what a cache holds anyway.
+        return list(batches) if pinned or share * self.sequence_length <= MADE_AHEAD else batches
 
     @abstractmethod
     def _order(self, places: np.ndarray) -> np.ndarray:
