@@ -42,10 +42,12 @@ def pack_in_processes(job: Job, units: dict[int, Unit], workers: int, report: Re
         ResourceError: a worker was killed.
     """
     context = multiprocessing.get_context("spawn")
-    read, written, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, read, written, stop))
+    # Without locks: a worker that is killed while it holds one would have all others wait for ever. Each unit counts in
+    # two places of its own, bytes read and tokens written.
+    counts, stop = context.RawArray("q", 2 * len(units)), context.RawValue("b", 0)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, counts, stop))
     reported = (0, 0)
-    waiting = iter(units.items())
+    waiting = enumerate(units.items())
     pending: dict[Future[UnitResult], int] = {}
     results: dict[int, UnitResult] = {}
     errors: dict[int, ModalitiesError] = {}
@@ -53,14 +55,14 @@ def pack_in_processes(job: Job, units: dict[int, Unit], workers: int, report: Re
         while True:
             # A few at a time: waiting on all the units of a large corpus would cost more with each of them.
             with _inherited(ONE_THREAD):
-                for number, unit in islice(waiting, 0 if errors else 2 * workers - len(pending)):
-                    pending[pool.submit(_pack_unit, number, unit)] = number
+                for place, (number, unit) in islice(waiting, 0 if errors else 2 * workers - len(pending)):
+                    pending[pool.submit(_pack_unit, place, number, unit)] = number
             if errors and min(pending.values(), default=min(errors)) >= min(errors):
                 raise errors[min(errors)]
             if not pending:
                 return results
             finished, _ = wait(pending, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
-            now = (read.value, written.value)
+            now = (sum(counts[0::2]), sum(counts[1::2]))
             report(now[0] - reported[0], now[1] - reported[1])
             reported = now
             for future in finished:
@@ -75,16 +77,16 @@ def pack_in_processes(job: Job, units: dict[int, Unit], workers: int, report: Re
             hint="run the same command again, with fewer --workers if memory was short: finished shards are kept",
         ) from error
     finally:
-        stop.set()
+        stop.value = 1
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(job: Job, read: Any, written: Any, stop: Any) -> None:
+def _start_worker(job: Job, counts: Any, stop: Any) -> None:
     """Prepare a new process: the parent alone answers Ctrl-C, and no worker outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed(KEPT_MEMORY)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(job=job, read=read, written=written, stop=stop)
+    _worker.update(job=job, counts=counts, stop=stop)
 
 
 def _end_with_parent() -> None:
@@ -94,12 +96,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _pack_unit(number: int, unit: Unit) -> UnitResult:
+def _pack_unit(place: int, number: int, unit: Unit) -> UnitResult:
+    counts = _worker["counts"]
+
     def report(new_bytes: int, new_tokens: int) -> None:
-        for counter, new in ((_worker["read"], new_bytes), (_worker["written"], new_tokens)):
-            with counter.get_lock():
-                counter.value += new
-        if _worker["stop"].is_set():
+        counts[2 * place] += new_bytes
+        counts[2 * place + 1] += new_tokens
+        if _worker["stop"].value:
             raise _Stopped
 
     return pack_unit(_worker["job"], number, unit, report)
